@@ -1,0 +1,108 @@
+"""Batches of any nesting: their tensors, their number of examples, and copies with other tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gradmon._errors import ArgumentError
+from gradmon._types import Batch
+
+
+def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a nesting with every tensor replaced by ``change(tensor)``, in the order of nesting."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, Mapping):
+        items = {key: map_tensors(value, change) for key, value in cast("Mapping[Any, Any]", tree).items()}
+        if type(cast(object, tree)) is dict or not hasattr(cast(object, tree), "__setitem__"):
+            return items
+        twin = copy.copy(cast(Any, tree))
+        for key, value in items.items():
+            twin[key] = value
+        return twin
+    if isinstance(tree, (tuple, list)):
+        parts = [map_tensors(part, change) for part in cast("list[Any]", tree)]
+        make = getattr(cast(object, tree), "_make", None)
+        if make is not None:
+            return make(parts)
+        return tuple(parts) if isinstance(tree, tuple) else parts
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        twin = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(twin, field.name, map_tensors(getattr(tree, field.name), change))
+        return twin
+    return tree
+
+
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a nesting, in the order of nesting."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in cast("Mapping[Any, Any]", tree).values():
+            yield from tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in cast("list[Any]", tree):
+            yield from tensors(value)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for field in dataclasses.fields(tree):
+            yield from tensors(getattr(tree, field.name))
+
+
+def batch_tensors(batch: Batch) -> list[Tensor]:
+    """The tensors of a batch.
+
+    Raises:
+        ArgumentError: `batch` holds no tensor.
+    """
+    found = list(tensors(batch))
+    if not found:
+        raise ArgumentError("batch", "hold at least one tensor", type(batch).__name__)
+    return found
+
+
+def example_count(batch: Batch) -> int:
+    """B, the first dimension that most tensors of the batch share; in a tie the one met first.
+
+    Raises:
+        ArgumentError: No tensor of `batch` has a first dimension, or it is empty.
+    """
+    found = batch_tensors(batch)
+    counts = Counter(tensor.shape[0] for tensor in found if tensor.ndim > 0)
+    if not counts:
+        raise ArgumentError("batch", "hold a tensor whose first dimension counts the examples", "only scalars")
+    size = counts.most_common(1)[0][0]
+    if size == 0:
+        raise ArgumentError("batch", "hold at least one example", "an empty first dimension")
+    return size
+
+
+def select_examples(batch: Batch, index: Tensor) -> Batch:
+    """The batch with its examples taken in the order of `index`; other tensors stay as they are."""
+    size = example_count(batch)
+
+    def select(tensor: Tensor) -> Tensor:
+        fits = tensor.ndim > 0 and tensor.shape[0] == size
+        return tensor.index_select(0, index.to(tensor.device)) if fits else tensor
+
+    with torch.no_grad():
+        return map_tensors(batch, select)
+
+
+def replace_tensor(batch: Batch, position: int, value: Tensor) -> Batch:
+    """The batch with its `position`-th tensor replaced."""
+    seen = -1
+
+    def change(tensor: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        return value if seen == position else tensor
+
+    return map_tensors(batch, change)

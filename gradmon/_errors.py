@@ -1,0 +1,29 @@
+"""The exceptions that gradmon raises, and the one it uses to say that a number cannot be had."""
+
+from __future__ import annotations
+
+
+class GradmonError(Exception):
+    """Base of every error that gradmon raises on purpose."""
+
+
+class ArgumentError(GradmonError, ValueError):
+    """An argument is not what it must be; the message names it, says what it must be and what it was."""
+
+    def __init__(self, name: str, must: str, got: object) -> None:
+        super().__init__(f"`{name}` must {must}. Got {got}.")
+
+
+class PluginError(GradmonError, LookupError):
+    """A sink or a command was asked for by a name under which nothing is installed."""
+
+
+class Unavailable(GradmonError):
+    """A number cannot be trusted, so there is none.
+
+    The reason ends up in `Reading.reason`, beside a value of NaN.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

@@ -1,0 +1,148 @@
+"""The batch loss as a function of the weights: its value, its gradient, its Hessian products."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gradmon._batches import example_count, map_tensors
+from gradmon._errors import ArgumentError
+from gradmon._parameters import Weights
+from gradmon._sandbox import RandomState, Sandbox
+from gradmon._types import Batch, Loss, Reduction
+
+
+class Gradient(NamedTuple):
+    """A gradient at some weights.
+
+    Attributes:
+        loss: The batch loss.
+        parts: One tensor per trainable parameter.
+        unused: The positions of the parameters that the loss does not depend on; their parts are zeros.
+    """
+
+    loss: float
+    parts: list[Tensor]
+    unused: frozenset[int]
+
+
+class Objective:
+    """``w -> loss(w, chi)``, to be used as a context: the model comes out of it as it went in.
+
+    Args:
+        model: The model, in the mode in which it is to be measured.
+        loss: ``loss(model, batch)``, a scalar or one value per example (B,).
+        batch: The batch chi.
+        weights: The layout of `w`.
+        reduction: How one value per example becomes the batch loss.
+        base: The weights w, one tensor per parameter; None for the model's own.
+        random: The random states that every pass starts from; None for those found on entry.
+
+    Raises:
+        ArgumentError: `loss`, `batch` or `reduction` is not what it must be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        batch: Batch,
+        weights: Weights,
+        reduction: Reduction = "mean",
+        base: Sequence[Tensor] | None = None,
+        random: RandomState | None = None,
+    ) -> None:
+        if not callable(loss):
+            raise ArgumentError("loss", "be callable as loss(model, batch)", type(loss).__name__)
+        if reduction not in ("mean", "sum"):
+            raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
+        self.model = model
+        self.loss = loss
+        self.batch = batch
+        self.weights = weights
+        self.reduction: Reduction = reduction
+        self.base = list(base) if base is not None else [parameter.data for parameter in weights.parameters]
+        self.examples = example_count(batch)
+        self.sandbox = Sandbox(model, weights.parameters, random)
+
+    def __enter__(self) -> Objective:
+        self.sandbox.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sandbox.__exit__(kind, error, trace)
+
+    def at(self, values: Sequence[Tensor] | None = None) -> contextlib.AbstractContextManager[None]:
+        """A context in which the parameters have these values, and a pass starts as every other."""
+        return self.sandbox.at(self.base if values is None else values)
+
+    def copied(self, batch: Batch | None = None) -> Batch:
+        """A copy of the batch (or of another one) for one pass, which the model may overwrite."""
+        return map_tensors(self.batch if batch is None else batch, lambda tensor: tensor.detach().clone())
+
+    def evaluate(self, batch: Batch | None = None) -> Tensor:
+        """The batch loss at the weights of the surrounding `at`, a scalar with its graph.
+
+        Raises:
+            ArgumentError: `loss` returned neither a scalar nor one value per example.
+        """
+        batch = self.copied(batch) if batch is None else batch
+        value = self.loss(self.model, batch)
+        if not isinstance(value, Tensor) or not value.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("loss", "return a floating-point tensor", getattr(value, "dtype", type(value).__name__))
+        if value.numel() == 1:
+            return value.reshape(())
+        if value.ndim != 1 or value.shape[0] != example_count(batch):
+            must = f"return a scalar or one value per example, ({example_count(batch)},)"
+            raise ArgumentError("loss", must, f"shape {tuple(value.shape)}")
+        return value.mean() if self.reduction == "mean" else value.sum()
+
+    def gradient(self, values: Sequence[Tensor] | None = None, batch: Batch | None = None) -> Gradient:
+        """The gradient at some weights (the base ones if None), on the batch or another one."""
+        with self.at(values):
+            loss = self.evaluate(self.copied(batch))
+            return self.collect(loss, self._differentiate(loss))
+
+    def product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """The Hessian at the base weights times a direction, by a second backward pass.
+
+        Args:
+            direction: One tensor per parameter.
+
+        Returns:
+            One tensor per parameter.
+        """
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with self.at():
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                first = self._differentiate(self.evaluate(), create_graph=True)
+            slope = sum((part * piece).sum() for part, piece in zip(first, direction, strict=True) if part is not None)
+            second = self._differentiate(slope)
+            return [dense(part, parameter) for part, parameter in zip(second, self.weights.parameters, strict=True)]
+
+    def collect(self, loss: Tensor, found: Sequence[Tensor | None]) -> Gradient:
+        """A gradient from what autograd returned for each parameter."""
+        parts = [dense(part, parameter) for part, parameter in zip(found, self.weights.parameters, strict=True)]
+        unused = frozenset(position for position, part in enumerate(found) if part is None)
+        return Gradient(float(loss.detach()), parts, unused)
+
+    def _differentiate(self, value: Any, *, create_graph: bool = False) -> list[Tensor | None]:
+        parameters = self.weights.parameters
+        if not isinstance(value, Tensor) or not value.requires_grad:
+            return [None] * len(parameters)
+        return list(torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True))
+
+
+def dense(part: Tensor | None, parameter: Tensor) -> Tensor:
+    """The gradient of a parameter as a dense tensor; zeros where the loss does not depend on it."""
+    if part is None:
+        return torch.zeros_like(parameter)
+    return part.to_dense() if part.layout != torch.strided else part

@@ -1,0 +1,115 @@
+"""Inner products that can be trusted: accumulated in float64, reweighted under a mask, split by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float64, on the CPU where its device has no float64."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
+def working(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32, where sums and differences of half-precision numbers keep their digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+    """All inner products of some vectors.
+
+    Args:
+        rows: The vectors, (n, k).
+        weight: A factor for each coordinate, (k,); None for ones.
+
+    Returns:
+        ``rows @ diag(weight) @ rows.T``, (n, n), float64.
+    """
+    n, k = rows.shape
+    total = torch.zeros(n, n, dtype=torch.float64, device="cpu" if rows.device.type == "mps" else rows.device)
+    step = max(1, _CHUNK // max(n, 1))
+    for start in range(0, k, step):
+        part = wide(rows[:, start : start + step])
+        scaled = part if weight is None else part * weight[start : start + step].to(part.device)
+        total += scaled @ part.T
+    return (total + total.T) / 2
+
+
+def largest_quotient(above: Tensor, below: Tensor) -> tuple[float, Tensor]:
+    """The largest ``c.A c / c.B c``: the largest eigenvalue of ``A c = lambda B c``.
+
+    Args:
+        above: A, symmetric, (n, n), float64.
+        below: B, symmetric and positive, (n, n), float64; directions in which it vanishes are left out.
+
+    Returns:
+        The quotient, and its c, (n,).
+    """
+    sizes = below.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    values, vectors = torch.linalg.eigh(below / sizes / sizes[:, None])
+    kept = values > 1e-10 * values[-1]
+    basis = vectors[:, kept] / values[kept].sqrt() / sizes[:, None]
+    quotients, inner = torch.linalg.eigh(basis.T @ above @ basis)
+    return float(quotients[-1]), basis @ inner[:, -1]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Which coordinates of `w` a vector holds, and how they count.
+
+    Attributes:
+        segments: For each tensor of `w`, in order: its layer, its number of coordinates here, its full size.
+        weight: ``numel_t / k_t`` for each coordinate, (k,), float64; None where all of `w` is held.
+        total: The number P of entries of `w`.
+    """
+
+    segments: tuple[tuple[str, int, int], ...]
+    weight: Tensor | None
+    total: int
+
+    def _chunks(self, size: int) -> Iterator[slice]:
+        for start in range(0, size, _CHUNK):
+            yield slice(start, start + _CHUNK)
+
+    def dot(self, a: Tensor, b: Tensor) -> float:
+        """The inner product of two vectors, (k,) each; reweighted so that its mean over masks is the full one."""
+        total = 0.0
+        for part in self._chunks(a.numel()):
+            product = wide(a[part]) * wide(b[part])
+            if self.weight is not None:
+                product = product * self.weight[part].to(product.device)
+            total += float(product.sum())
+        return total
+
+    def norm(self, a: Tensor) -> float:
+        """The 2-norm that belongs to `dot`."""
+        return math.sqrt(self.dot(a, a))
+
+    def gram(self, rows: Sequence[Tensor] | Tensor) -> Tensor:
+        """All inner products of some vectors, (n, n), float64."""
+        stacked = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
+        return gram(stacked, self.weight)
+
+    def squares_by_layer(self, a: Tensor) -> dict[str, float]:
+        """The squared norm of a vector, split by layer; the parts add up to ``dot(a, a)``."""
+        squares: dict[str, float] = {}
+        start = 0
+        for layer, held, full in self.segments:
+            if held:
+                part = wide(a[start : start + held])
+                squares[layer] = squares.get(layer, 0.0) + float((part * part).sum()) * (full / held)
+            start += held
+        return squares
+
+    def shares_by_layer(self, a: Tensor) -> dict[str, float]:
+        """Each layer's part of the squared norm, between 0 and 1; empty for a zero vector."""
+        squares = self.squares_by_layer(a)
+        total = sum(squares.values())
+        return {layer: square / total for layer, square in squares.items()} if total > 0 else {}

@@ -1,0 +1,130 @@
+"""What all alert rules share: hysteresis, and the state of each layer on its own."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from gradmon._errors import ArgumentError
+from gradmon._reading import Alert, Reading, Severity, State
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """Turns readings into alerts. A rule that also has `state_dict` and `load_state_dict` is saved with the monitor."""
+
+    @property
+    def name(self) -> str:
+        """Lower-case words joined by underscores."""
+        ...
+
+    def __call__(self, reading: Reading) -> Alert | None:
+        """An alert if this reading makes the rule fire or resolve; None otherwise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a rule thinks of one reading.
+
+    Attributes:
+        bad: Whether it speaks for firing.
+        message: What was seen, in words.
+    """
+
+    bad: bool
+    message: str
+
+
+class Switching(ABC):
+    """A rule that fires after some bad readings in a row, and resolves after some good ones.
+
+    Args:
+        name: The alert's name.
+        severity: ``info``, ``warning`` or ``critical``.
+        remedy: What to change.
+        after: How many bad readings in a row make it fire.
+        clear_after: How many good ones in a row make it resolve.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+    """
+
+    def __init__(self, name: str, severity: Severity, remedy: str, after: int, clear_after: int) -> None:
+        if not isinstance(name, str) or not name or name != name.lower() or " " in name:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("name", "be lower-case words joined by underscores", repr(name))
+        if severity not in ("info", "warning", "critical"):
+            raise ArgumentError("severity", 'be "info", "warning" or "critical"', repr(severity))
+        check_count("after", after, 1)
+        check_count("clear_after", clear_after, 1)
+        self.name = name
+        self.severity: Severity = severity
+        self.remedy = remedy
+        self.after = after
+        self.clear_after = clear_after
+        self._firing: dict[str | None, bool] = {}
+        self._against: dict[str | None, int] = {}
+
+    @abstractmethod
+    def judge(self, reading: Reading) -> Judgement | None:
+        """What to think of a reading; None if it says nothing."""
+
+    def __call__(self, reading: Reading) -> Alert | None:
+        """An alert if this reading makes the rule fire or resolve; None otherwise."""
+        found = self.judge(reading)
+        if found is None:
+            return None
+        layer, firing = reading.layer, self._firing.setdefault(reading.layer, False)
+        self._against[layer] = self._against.get(layer, 0) + 1 if found.bad != firing else 0
+        if self._against[layer] < (self.clear_after if firing else self.after):
+            return None
+        self._firing[layer], self._against[layer] = not firing, 0
+        state: State = "resolved" if firing else "firing"
+        return Alert(self.name, self.severity, state, reading.value, reading.step, layer, found.message, self.remedy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the rule remembers, as plain types."""
+        return {"switch": [[layer, firing, self._against[layer]] for layer, firing in self._firing.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what was saved."""
+        self._firing = {layer: bool(firing) for layer, firing, _ in state["switch"]}
+        self._against = {layer: int(count) for layer, _, count in state["switch"]}
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Accept an integer that is large enough.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ArgumentError(name, f"be an integer of at least {least}", value)
+
+
+def check_metric(metric: object) -> None:
+    """Accept the name of a metric.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    if not isinstance(metric, str) or not metric:
+        raise ArgumentError("metric", "be the name of a metric", repr(metric))
+
+
+def check_limit(limit: object) -> None:
+    """Accept a number.
+
+    Raises:
+        ArgumentError: It is something else.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit):
+        raise ArgumentError("limit", "be a number", limit)
+
+
+def speaks_of(reading: Reading, metric: str) -> bool:
+    """Whether a reading has a number of the whole model for a metric; NaN neither fires nor resolves."""
+    return reading.name == metric and reading.layer is None and not math.isnan(reading.value)

@@ -1,0 +1,124 @@
+"""Rules on the value of one metric."""
+
+from __future__ import annotations
+
+import math
+
+from gradmon._reading import Reading, Severity
+from gradmon.alerts._rule import Judgement, Switching, check_limit, check_metric, speaks_of
+
+
+class Above(Switching):
+    """Fires while a metric is above a limit.
+
+    Args:
+        metric: The metric.
+        limit: The limit.
+        name: The alert's name; None for ``<metric>_high``.
+        severity: ``info``, ``warning`` or ``critical``.
+        remedy: What to change.
+        after: How many readings in a row must be above before it fires.
+        clear_after: How many in a row must not be before it resolves.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+
+    Example:
+        >>> rule = Above("step_ratio", 1.0)
+        >>> rule(Reading("step_ratio", 1.4, step=10)).message
+        'step_ratio is 1.4, above 1.'
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        limit: float,
+        *,
+        name: str | None = None,
+        severity: Severity = "warning",
+        remedy: str = "",
+        after: int = 1,
+        clear_after: int = 1,
+    ) -> None:
+        check_metric(metric)
+        check_limit(limit)
+        super().__init__(f"{metric}_high" if name is None else name, severity, remedy, after, clear_after)
+        self.metric, self.limit = metric, limit
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        """Bad if above; None for other metrics, layers and NaN."""
+        if not speaks_of(reading, self.metric):
+            return None
+        bad = reading.value > self.limit
+        return Judgement(bad, f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}above {self.limit:.4g}.")
+
+
+class Below(Switching):
+    """Fires while a metric is below a limit.
+
+    Args:
+        metric: The metric.
+        limit: The limit.
+        name: The alert's name; None for ``<metric>_low``.
+        severity: ``info``, ``warning`` or ``critical``.
+        remedy: What to change.
+        after: How many readings in a row must be below before it fires.
+        clear_after: How many in a row must not be before it resolves.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        limit: float,
+        *,
+        name: str | None = None,
+        severity: Severity = "warning",
+        remedy: str = "",
+        after: int = 1,
+        clear_after: int = 1,
+    ) -> None:
+        check_metric(metric)
+        check_limit(limit)
+        super().__init__(f"{metric}_low" if name is None else name, severity, remedy, after, clear_after)
+        self.metric, self.limit = metric, limit
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        """Bad if below; None for other metrics, layers and NaN."""
+        if not speaks_of(reading, self.metric):
+            return None
+        bad = reading.value < self.limit
+        return Judgement(bad, f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}below {self.limit:.4g}.")
+
+
+class NonFinite(Switching):
+    """Fires while the loss or the gradient is not finite.
+
+    Args:
+        name: The alert's name.
+        severity: ``info``, ``warning`` or ``critical``.
+        remedy: What to change.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str = "nonfinite",
+        severity: Severity = "critical",
+        remedy: str = "Lower the learning rate, clip the gradient, and look for a division by zero or a log of zero.",
+    ) -> None:
+        super().__init__(name, severity, remedy, 1, 1)
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        """Bad for any reading that is missing for this reason, or an infinite loss; a finite loss or norm is good."""
+        if reading.reason == "non-finite gradient":
+            return Judgement(True, "The loss or the gradient is not finite.")
+        if reading.name not in ("loss", "grad_norm") or reading.layer is not None or math.isnan(reading.value):
+            return None
+        bad = math.isinf(reading.value)
+        return Judgement(bad, f"The {reading.name} is {reading.value:.4g}.")

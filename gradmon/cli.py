@@ -1,0 +1,79 @@
+"""The `gradmon` command: built-in commands, and those that installed packages add."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gradmon._errors import GradmonError
+from gradmon._plugins import entry_points_named, load
+from gradmon.metrics import METRICS
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand of `gradmon`, registered under the entry point ``gradmon.commands``.
+
+    Attributes:
+        name: What the user types.
+        summary: One line of help.
+        add_arguments: Adds the command's arguments to its parser.
+        run: Does the work; returns the exit status.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add nothing."""
+
+
+def _list_metrics(arguments: argparse.Namespace) -> int:
+    width = max(len(name) for name in METRICS)
+    for group in dict.fromkeys(metric.group for metric in METRICS.values()):
+        print(f"{group}:")
+        for metric in METRICS.values():
+            if metric.group == group:
+                print(f"  {metric.name:<{width}}  {metric.meaning} [{metric.source}]")
+    return 0
+
+
+_METRICS = Command("metrics", "list every metric with its meaning and source", _no_arguments, _list_metrics)
+
+
+def commands() -> list[Command]:
+    """Every command that can be run here, by name."""
+    found = {name: load("gradmon.commands", name) for name in entry_points_named("gradmon.commands")}
+    return [command for _, command in sorted({**found, _METRICS.name: _METRICS}.items())]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: What follows `gradmon`; None for the process's own arguments.
+
+    Returns:
+        The exit status: 0 for success, 1 for an error that is explained on standard error, 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(
+        "gradmon", description="Can the gradient be trusted while a PyTorch model trains, why not, and what to change?"
+    )
+    commanding = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in commands():
+        child = commanding.add_parser(command.name, help=command.summary, description=command.summary)
+        command.add_arguments(child)
+        child.set_defaults(run=command.run)
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except GradmonError as error:
+        print(f"gradmon: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,262 @@
+"""One-shot measuring: no training loop, and nothing left behind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmon._errors import ArgumentError, Unavailable
+from gradmon._evidence import Step, StepPair
+from gradmon._objective import Objective
+from gradmon._parameters import Weights, check_trains
+from gradmon._plugins import entry_points_named, load
+from gradmon._reading import Reading
+from gradmon._tensors import gram
+from gradmon._types import Batch, Derivative, Loss, Reduction
+from gradmon.masks import Mask, as_mask
+from gradmon.metrics import METRICS, Metric, Value
+from gradmon.per_example import PerExample
+from gradmon.perturbations.inputs import Ascent, InputSampler
+from gradmon.perturbations.weights import Krylov, WeightSampler
+from gradmon.probes import PROBES, Scene
+
+
+def measure(
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    *,
+    metrics: str | Metric | Sequence[str | Metric] | None = None,
+    optimizer: Optimizer | None = None,
+    mask: Mask | float | None = None,
+    weights: WeightSampler | None = None,
+    inputs: InputSampler | None = None,
+    derivative: Derivative = "finite",
+    micro_batches: int = 8,
+    next_batch: Batch | None = None,
+    reduction: Reduction = "mean",
+    input_module: nn.Module | str | None = None,
+    layers: bool = False,
+    seed: int = 0,
+) -> dict[str, Reading]:
+    """Measure how far the gradient of one batch can be trusted.
+
+    The model, its gradients, buffers, modes and all random states are afterwards exactly as before; so is the
+    optimizer, whose step is tried on copies.
+
+    Args:
+        model: The model, in the mode in which it trains.
+        loss: ``loss(model, batch)``: a scalar, or one value per example, (B,).
+        batch: Tensors in any nesting of tuples, lists, mappings and dataclasses, examples along the first dimension.
+        metrics: Names from `gradmon.METRICS`, or `Metric` objects; None for all but those on demand, and without an
+            optimizer all but those that look at its step.
+        optimizer: The optimizer whose next step is looked at.
+        mask: Look at these coordinates of the gradient only: a `Mask`, a fraction in (0, 1], or None for all.
+        weights: The sampler of weight perturbations; None for `Krylov()`.
+        inputs: The sampler of input perturbations; None for `Ascent()`.
+        derivative: ``"finite"`` for differences of gradients, ``"exact"`` for Hessian products.
+        micro_batches: n of the metrics over batch means, at least 2.
+        next_batch: The batch of the next step, for `step_share`, `batch_share` and `step_condition`.
+        reduction: How one value per example becomes the batch loss.
+        input_module: The module (or its name) whose output is an example's input x; None for the batch's first
+            floating-point tensor that the model consumes, or the embedding that looks up its integers.
+        layers: Whether to add readings for each layer, under ``"name/layer"``.
+        seed: The seed of the mask and the samplers.
+
+    Returns:
+        One reading for each metric, by name; NaN with a reason where a number cannot be trusted.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+
+    Example:
+        >>> import torch, gradmon
+        >>> model = torch.nn.Linear(3, 1)
+        >>> batch = torch.randn(8, 3), torch.randn(8, 1)
+        >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> sorted(gradmon.measure(model, loss, batch, metrics=["grad_norm", "noise_scale"]))
+        ['grad_norm', 'noise_scale']
+    """
+    check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
+    chosen = choose_metrics(metrics, optimizer)
+    chosen_mask = as_mask(mask, seed)
+    layout = Weights(model, None if chosen_mask is None else chosen_mask.picks(model))
+    if optimizer is not None:
+        check_trains(optimizer, layout.parameters)
+    with Objective(model, loss, batch, layout, reduction) as objective:
+        scene = Scene(
+            objective,
+            PROBES,
+            weight_sampler=weights or Krylov(),
+            input_sampler=inputs or Ascent(),
+            derivative=derivative,
+            micro_batches=micro_batches,
+            optimizer=optimizer,
+            next_batch=next_batch,
+            input_module=input_module,
+            seed=seed,
+        )
+        found = [reading for metric in chosen for reading in readings_of(metric, scene, layers=layers)]
+    return {r.name if r.layer is None else f"{r.name}/{r.layer}": r for r in found}
+
+
+def readings_of(metric: Metric, scene: Scene, *, layers: bool = False, step: int | None = None) -> list[Reading]:
+    """The readings of one metric: its own, and with `layers` one for each layer."""
+    try:
+        evidence = [scene.get(kind) for kind in metric.needs]
+        return readings_from(metric, evidence, layers=layers, step=step)
+    except Unavailable as missing:
+        return [Reading(metric.name, math.nan, step, reason=missing.reason)]
+
+
+def readings_from(metric: Metric, evidence: Sequence[Any], *, layers: bool, step: int | None) -> list[Reading]:
+    """The readings of one metric from its evidence.
+
+    Raises:
+        Unavailable: There is no number.
+    """
+    found = metric.compute(*evidence)
+    value = found if isinstance(found, Value) else Value(float(found))
+    if math.isnan(value.value):
+        raise Unavailable(value.reason or "not a number")
+    readings = [Reading(metric.name, value.value, step, None, value.scale, value.resolution, value.reason)]
+    if layers and metric.layers is not None:
+        parts = metric.layers(*evidence)
+        readings += [Reading(metric.name, part, step, layer, value.scale) for layer, part in parts.items()]
+    return readings
+
+
+def known_metrics() -> Mapping[str, Metric]:
+    """The built-in metrics, and those that installed packages add under the entry point ``gradmon.metrics``."""
+    others = {name: load("gradmon.metrics", name) for name in entry_points_named("gradmon.metrics")}
+    return {**others, **METRICS}
+
+
+def choose_metrics(
+    metrics: str | Metric | Iterable[str | Metric] | None, optimizer: Optimizer | None, *, costly: bool = True
+) -> list[Metric]:
+    """The metrics that were asked for; None stands for all that can be had.
+
+    Raises:
+        ArgumentError: `metrics` names an unknown metric, or one that needs an optimizer where there is none.
+    """
+    if metrics is None:
+        return [
+            metric
+            for metric in METRICS.values()
+            if not metric.on_demand and (costly or not metric.costly) and (optimizer is not None or not _steps(metric))
+        ]
+    known = known_metrics()
+    chosen: list[Metric] = []
+    for wanted in [metrics] if isinstance(metrics, (str, Metric)) else metrics:
+        metric = known.get(wanted) if isinstance(wanted, str) else wanted
+        if not isinstance(metric, Metric):
+            raise ArgumentError("metrics", f"be Metric objects or among {', '.join(sorted(known))}", repr(wanted))
+        if optimizer is None and _steps(metric):
+            raise ArgumentError("optimizer", f"be given for `{metric.name}`", None)
+        chosen.append(metric)
+    return chosen
+
+
+def _steps(metric: Metric) -> bool:
+    return metric.name == "stability" or Step in metric.needs or StepPair in metric.needs
+
+
+def check_options(
+    weights: object, inputs: object, derivative: object, micro_batches: object, optimizer: object, layers: object
+) -> None:
+    """Check the arguments that `measure` and `Monitor` share.
+
+    Raises:
+        ArgumentError: One of them is not what it must be.
+    """
+    if weights is not None and not (hasattr(weights, "draw") and hasattr(weights, "span")):
+        raise ArgumentError("weights", "be a sampler of gradmon.perturbations.weights", type(weights).__name__)
+    if inputs is not None and not (hasattr(inputs, "draw") and hasattr(inputs, "examples")):
+        raise ArgumentError("inputs", "be a sampler of gradmon.perturbations.inputs", type(inputs).__name__)
+    if derivative not in ("finite", "exact"):
+        raise ArgumentError("derivative", 'be "finite" or "exact"', repr(derivative))
+    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 2:
+        raise ArgumentError("micro_batches", "be an integer of at least 2", micro_batches)
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        raise ArgumentError("optimizer", "be a torch.optim.Optimizer", type(optimizer).__name__)
+    if not isinstance(layers, bool):
+        raise ArgumentError("layers", "be True or False", layers)
+
+
+def _layout(model: nn.Module, mask: Mask | float | None) -> Weights:
+    chosen = as_mask(mask, 0)
+    return Weights(model, None if chosen is None else chosen.picks(model))
+
+
+def batch_gradient(
+    model: nn.Module, loss: Loss, batch: Batch, *, mask: Mask | float | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """The gradient h of the batch loss with respect to the trainable parameters.
+
+    Args:
+        model: The model.
+        loss: ``loss(model, batch)``: a scalar, or one value per example, (B,).
+        batch: The batch.
+        mask: The coordinates to return; None for all.
+        reduction: How one value per example becomes the batch loss.
+
+    Returns:
+        (P,), in the order of `named_parameters()`, or (k,) under a mask; zeros for parameters the loss does not use.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+    """
+    with Objective(model, loss, batch, _layout(model, mask), reduction) as objective:
+        return objective.weights.pick(objective.gradient().parts)
+
+
+def per_example_gradients(
+    model: nn.Module, loss: Loss, batch: Batch, *, mask: Mask | float | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """The gradients h_i of the examples, as shares of the batch gradient times B: their mean is `batch_gradient`.
+
+    Args:
+        model: The model.
+        loss: ``loss(model, batch)``: a scalar, or one value per example, (B,).
+        batch: The batch.
+        mask: The coordinates to return; None for all.
+        reduction: How one value per example becomes the batch loss.
+
+    Returns:
+        (B, P), or (B, k) under a mask.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+        Unavailable: The examples' gradients cannot be told apart; the reason names the parameter or the call.
+    """
+    with (
+        Objective(model, loss, batch, _layout(model, mask), reduction) as objective,
+        PerExample(objective).run() as taken,
+    ):
+        return taken.rows()
+
+
+def per_example_gram(model: nn.Module, loss: Loss, batch: Batch, *, reduction: Reduction = "mean") -> Tensor:
+    """The inner products of the examples' gradients.
+
+    Args:
+        model: The model.
+        loss: ``loss(model, batch)``: a scalar, or one value per example, (B,).
+        batch: The batch.
+        reduction: How one value per example becomes the batch loss.
+
+    Returns:
+        ``G_ij = h_i . h_j``, (B, B), float64.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+        Unavailable: The examples' gradients cannot be told apart; the reason names the parameter or the call.
+    """
+    with torch.no_grad():
+        return gram(per_example_gradients(model, loss, batch, reduction=reduction))

@@ -1,0 +1,460 @@
+"""The monitor: the one place that wires schedule, probes, metrics, alerts and sinks to a training loop."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmon._errors import ArgumentError, Unavailable
+from gradmon._evidence import BatchGradient, Step, StepPair
+from gradmon._objective import Objective, dense
+from gradmon._parameters import Weights, check_trains, trainable
+from gradmon._reading import Alert, Reading
+from gradmon._sandbox import RandomState
+from gradmon._types import Batch, Derivative, Loss, Reduction
+from gradmon.alerts import Rule, default_rules
+from gradmon.masks import Mask, as_mask
+from gradmon.measure import check_options, choose_metrics, readings_from
+from gradmon.metrics import Metric
+from gradmon.perturbations.inputs import Ascent, InputSampler
+from gradmon.perturbations.weights import Krylov, WeightSampler
+from gradmon.probes import PROBES, Scene, across, gradient_evidence, step_evidence
+from gradmon.schedules import Schedule, every
+from gradmon.sinks import RunAware, Sink, make_sink
+
+_LOG = logging.getLogger("gradmon")
+
+
+_T = TypeVar("_T")
+_PASSIVE = frozenset({"grad_norm", "param_norm", "update_ratio", "step_condition"})
+"""The metrics that need no pass of their own."""
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What an optimizer step started from: the weights, and in passive mode the gradients."""
+
+    values: list[Tensor]
+    gradients: list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A probed step whose comparison with the next batch is still to come."""
+
+    number: int
+    step: Step
+    before: list[Tensor]
+    after: list[Tensor]
+    waiting: list[tuple[Metric, list[Any]]]
+    random: RandomState | None
+
+
+class Monitor:
+    """Watches the gradient of a model while it trains, without disturbing the training by a single bit.
+
+    Call `step` once after every optimizer step. On scheduled steps the monitor looks at the batch at the weights
+    *before* the step: the gradient that the step was made of. Numbers that compare with the next batch
+    (`step_share`, `batch_share`, `step_condition`) follow with the next call, under the number of their step.
+
+    Nothing that goes wrong in here stops the training: it is logged once, counted in `failures`, and shown as the
+    reading `monitor_failures`. With ``GRADMON_DISABLED=1`` in the environment a monitor does nothing at all.
+
+    Args:
+        model: The model.
+        optimizer: The optimizer whose steps are looked at; None to go without what needs one.
+        loss: ``loss(model, batch)``: a scalar, or one value per example, (B,); None to look only at what the training
+            itself reveals: `grad_norm`, `param_norm` and `update_ratio`.
+        metrics: ``"default"``, ``"all"`` (also those that take many passes), or names and `Metric` objects.
+        schedule: When to look: `every`, `log_spaced`, or any callable from the step's number, counted from 1.
+        mask: The coordinates to look at: a `Mask`, a fraction in (0, 1], or None for all.
+        seed: The seed of mask and samplers.
+        run: The run's name, for sinks that label what they write.
+        rank: This process's rank, likewise.
+        sinks: Sinks, or strings such as ``"jsonl:run.jsonl"``, ``"tensorboard:runs/mlp"``, ``"prometheus:9464"``.
+        alerts: ``"default"``, or rules.
+        weights: The sampler of weight perturbations; None for `Krylov()`.
+        inputs: The sampler of input perturbations; None for `Ascent()`.
+        derivative: ``"finite"`` for differences of gradients, ``"exact"`` for Hessian products.
+        micro_batches: n of the metrics over batch means, at least 2.
+        reduction: How one value per example becomes the batch loss.
+        input_module: The module (or its name) whose output is an example's input x; None to find it.
+        layers: Whether to add readings for each layer.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> loss = lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> with Monitor(model, optimizer, loss, schedule=every(1)) as monitor:
+        ...     for batch in [(torch.randn(8, 3), torch.randn(8, 1))] * 3:
+        ...         optimizer.zero_grad()
+        ...         loss(model, batch).backward()
+        ...         optimizer.step()
+        ...         monitor.step(batch)
+        >>> "step_ratio" in monitor.readings
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        loss: Loss | None = None,
+        *,
+        metrics: Literal["default", "all"] | str | Metric | Sequence[str | Metric] = "default",
+        schedule: Schedule | None = None,
+        mask: Mask | float | None = 0.05,
+        seed: int = 0,
+        run: str = "run",
+        rank: int = 0,
+        sinks: Sink | str | Iterable[Sink | str] = (),
+        alerts: Literal["default"] | Iterable[Rule] | None = "default",
+        weights: WeightSampler | None = None,
+        inputs: InputSampler | None = None,
+        derivative: Derivative = "finite",
+        micro_batches: int = 8,
+        reduction: Reduction = "mean",
+        input_module: nn.Module | str | None = None,
+        layers: bool = False,
+    ) -> None:
+        self.run, self.rank = run, rank
+        self.failures: Counter[str] = Counter()
+        self._step = 0
+        self._readings: dict[str, Reading] = {}
+        self._active: dict[tuple[str, str | None], Alert] = {}
+        self._sinks: list[Sink] = []
+        self._hooks: list[Any] = []
+        self._taken: _Taken | None = None
+        self._pending: _Pending | None = None
+        self._closed = os.environ.get("GRADMON_DISABLED") == "1"
+        if self._closed:
+            return
+        check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
+        if optimizer is not None:
+            check_trains(optimizer, trainable(model).values())
+        if loss is not None and not callable(loss):
+            raise ArgumentError("loss", "be callable as loss(model, batch), or None", type(loss).__name__)
+        if reduction not in ("mean", "sum"):
+            raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
+        if schedule is not None and not callable(schedule):
+            raise ArgumentError("schedule", "be callable as schedule(step)", repr(schedule))
+        if not isinstance(run, str) or not run:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("run", "be a name", repr(run))
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("rank", "be an integer of at least 0", rank)
+        trainable(model)
+        self._model, self._optimizer, self._loss = model, optimizer, loss
+        self._schedule: Schedule = every(50) if schedule is None else schedule
+        self._mask = as_mask(mask, seed)
+        if self._mask is not None:
+            self._mask.picks(model)
+        self._seed = seed
+        self._options: dict[str, Any] = {
+            "weight_sampler": Krylov() if weights is None else weights,
+            "input_sampler": Ascent() if inputs is None else inputs,
+            "derivative": derivative,
+            "micro_batches": micro_batches,
+            "input_module": input_module,
+        }
+        self._reduction: Reduction = reduction
+        self._layers = layers
+        self._metrics = _chosen(metrics, optimizer, loss)
+        self._rules = default_rules() if alerts == "default" else _checked_rules(alerts)
+        self._open(sinks)
+        if optimizer is not None:
+            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+
+    def _open(self, sinks: Sink | str | Iterable[Sink | str]) -> None:
+        try:
+            for sink in [sinks] if isinstance(sinks, (str, Sink)) else sinks:
+                self._sinks.append(make_sink(sink))
+            for sink in self._sinks:
+                if isinstance(sink, RunAware):
+                    sink.bind(self.run, self.rank)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def readings(self) -> dict[str, Reading]:
+        """The newest reading of each metric, by name; those of layers by ``"name/layer"``."""
+        return dict(self._readings)
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """The alerts that fire now, oldest first."""
+        return list(self._active.values())
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been seen."""
+        return self._step
+
+    def step(self, batch: Batch) -> None:
+        """Tell the monitor that a step was taken; on scheduled steps, look.
+
+        Args:
+            batch: The batch of that step, as `loss` takes it.
+        """
+        if self._closed:
+            return
+        self._step += 1
+        began = time.perf_counter()
+        taken, self._taken = self._taken, None
+        pending, self._pending = self._pending, None
+        readings: list[Reading] = []
+        if pending is not None:
+            readings += self._guarded("next batch", lambda: self._finish(pending, batch, taken), [])
+        due = self._is_due(self._step)
+        if due:
+            readings += self._guarded("probe", lambda: self._probe(batch, taken), [])
+            readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
+            readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
+        if readings:
+            self._publish(readings)
+
+    def close(self) -> None:
+        """Detach from the optimizer and close the sinks; a second call does nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        sinks, self._sinks = self._sinks, []
+        for sink in sinks:
+            self._guarded(f"sink {type(sink).__name__}", sink.close, None)
+        self._closed = True
+        self._taken = self._pending = None
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to go on as if it had not stopped, as plain types."""
+        if not hasattr(self, "_rules"):
+            return {}
+        return {
+            "version": 1,
+            "step": self._step,
+            "mask": None if self._mask is None else self._mask.state_dict(),
+            "rules": {rule.name: rule.state_dict() for rule in self._rules if hasattr(rule, "state_dict")},  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+            "alerts": [list(alert) for alert in self._active.values()],
+            "readings": {name: list(reading) for name, reading in self._readings.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what was saved.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            ArgumentError: The state comes from another version, or its mask does not fit.
+        """
+        if not state or not hasattr(self, "_rules"):
+            return
+        if state.get("version") != 1:
+            raise ArgumentError("state", "be of version 1", state.get("version"))
+        self._step = int(state["step"])
+        if state["mask"] is not None:
+            mask = Mask(state["mask"]["fraction"], state["mask"]["seed"])
+            mask.load_state_dict(state["mask"])
+            mask.picks(self._model)
+            self._mask = mask
+        else:
+            self._mask = None
+        for rule in self._rules:
+            if rule.name in state["rules"] and hasattr(rule, "load_state_dict"):
+                rule.load_state_dict(state["rules"][rule.name])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+        alerts = [Alert(*alert) for alert in state["alerts"]]
+        self._active = {(alert.rule, alert.layer): alert for alert in alerts}
+        self._readings = {name: Reading(*reading) for name, reading in state["readings"].items()}
+
+    def _is_due(self, step: int) -> bool:
+        return self._guarded("schedule", lambda: bool(self._schedule(step)), False)
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Keep the weights, and in passive mode the gradients, that a scheduled step starts from."""
+        if self._is_due(self._step + 1) or (self._pending is not None and self._loss is None):
+            self._taken = self._guarded("optimizer hook", self._keep, None)
+
+    def _keep(self) -> _Taken:
+        parameters = list(trainable(self._model).values())
+        grads = [None if self._loss is not None or p.grad is None else p.grad.detach().clone() for p in parameters]
+        return _Taken([parameter.detach().clone() for parameter in parameters], grads)
+
+    def _layout(self) -> Weights:
+        return Weights(self._model, None if self._mask is None else self._mask.picks(self._model))
+
+    def _probe(self, batch: Batch, taken: _Taken | None) -> list[Reading]:
+        layout = self._layout()
+        if self._loss is None:
+            return self._look_passively(layout, taken)
+        after = [parameter.detach() for parameter in layout.parameters]
+        before = after if taken is None else taken.values
+        with Objective(self._model, self._loss, batch, layout, self._reduction, before) as objective:
+            scene = Scene(
+                objective,
+                PROBES,
+                optimizer=self._optimizer,
+                # Without a step that was seen (a skipped one, under a gradient scaler) there is none to look at.
+                after=None if taken is None else after,
+                trial=False,
+                seed=self._seed + self._step,
+                **self._options,
+            )
+            return self._look(scene, [value.clone() for value in after])
+
+    def _look(self, scene: Scene, after: list[Tensor]) -> list[Reading]:
+        waiting: list[tuple[Metric, list[Any]]] = []
+        readings: list[Reading] = []
+        for metric in self._metrics:
+            if StepPair not in metric.needs:
+                readings += self._read(metric, lambda m=metric: [scene.get(kind) for kind in m.needs], self._step)
+                continue
+            # What compares with the next batch waits for it; what is missing already says so now.
+            kinds = [Step if kind is StepPair else kind for kind in metric.needs]
+            missing = self._read(metric, lambda k=kinds: [scene.get(kind) for kind in k], self._step, only_gather=True)
+            readings += missing
+            if not missing:
+                waiting.append((metric, [scene.get(kind) for kind in kinds]))
+        if waiting:
+            state = scene.objective.sandbox.random
+            self._pending = _Pending(self._step, scene.get(Step), scene.objective.base, after, waiting, state)
+        return readings
+
+    def _finish(self, pending: _Pending, batch: Batch, taken: _Taken | None) -> list[Reading]:
+        """The numbers of the last probed step that compare with the batch after it."""
+        layout = self._layout()
+        if self._loss is None:
+            if taken is None:
+                return []
+            pair = StepPair(pending.step, None, layout.pick(_filled(taken.gradients, layout)))
+        else:
+            with Objective(
+                self._model, self._loss, batch, layout, self._reduction, pending.before, pending.random
+            ) as objective:
+                pair = across(pending.step, objective, pending.after, batch)
+        readings: list[Reading] = []
+        for metric, evidence in pending.waiting:
+            whole = [pair if kind is StepPair else seen for kind, seen in zip(metric.needs, evidence, strict=True)]
+            readings += self._read(metric, lambda w=whole: w, pending.number)
+        return readings
+
+    def _look_passively(self, layout: Weights, taken: _Taken | None) -> list[Reading]:
+        """What the training's own gradients and steps reveal, as they are when the optimizer steps."""
+        if taken is None:
+            reason = "no optimizer step was taken"
+            return [Reading(metric.name, math.nan, self._step, reason=reason) for metric in self._metrics]
+        gradients = _filled(taken.gradients, layout)
+        seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
+        after = [parameter.detach() for parameter in layout.parameters]
+        step = step_evidence(layout, taken.values, after, layout.pick(gradients), None)
+        finite = math.isfinite(seen.gradient_norm)
+
+        def gather(kinds: tuple[type, ...]) -> list[Any]:
+            if not finite:
+                raise Unavailable("non-finite gradient")
+            return [{BatchGradient: seen, Step: step}[kind] for kind in kinds]
+
+        readings: list[Reading] = []
+        waiting: list[tuple[Metric, list[Any]]] = []
+        for metric in self._metrics:
+            if StepPair in metric.needs and finite:
+                waiting.append((metric, [step]))
+            else:
+                kinds = tuple(Step if kind is StepPair else kind for kind in metric.needs)
+                readings += self._read(metric, lambda k=kinds: gather(k), self._step)
+        if waiting:
+            self._pending = _Pending(self._step, step, [], [], waiting, None)
+        return readings
+
+    def _read(
+        self, metric: Metric, gather: Callable[[], list[Any]], step: int, *, only_gather: bool = False
+    ) -> list[Reading]:
+        """The readings of one metric; NaN with the reason where it is not available or fails."""
+
+        def read() -> list[Reading]:
+            evidence = gather()
+            return [] if only_gather else readings_from(metric, evidence, layers=self._layers, step=step)
+
+        try:
+            return read()
+        except Unavailable as missing:
+            return [Reading(metric.name, math.nan, step, reason=missing.reason)]
+        except Exception as error:
+            self._failed(f"metric {metric.name}", error)
+            return [Reading(metric.name, math.nan, step, reason=f"{type(error).__name__}: {error}")]
+
+    def _publish(self, readings: Sequence[Reading]) -> None:
+        changes: list[Alert] = []
+        for reading in readings:
+            self._readings[reading.name if reading.layer is None else f"{reading.name}/{reading.layer}"] = reading
+            for rule in self._rules:
+                alert = self._guarded(f"alert {rule.name}", lambda a=rule, r=reading: a(r), None)
+                if alert is not None:
+                    changes.append(alert)
+        for sink in self._sinks:
+            self._guarded(f"sink {type(sink).__name__}", lambda s=sink: s.write(readings), None)
+        for alert in changes:
+            self._active.pop((alert.rule, alert.layer), None)
+            if alert.state == "firing":
+                self._active[(alert.rule, alert.layer)] = alert
+            for sink in self._sinks:
+                self._guarded(f"sink {type(sink).__name__}", lambda s=sink, a=alert: s.alert(a), None)
+
+    def _guarded(self, where: str, work: Callable[[], _T], otherwise: _T) -> _T:
+        """What the work returns; where it fails, that is noted, and the training goes on."""
+        try:
+            return work()
+        except Exception as error:
+            self._failed(where, error)
+            return otherwise
+
+    def _failed(self, where: str, error: Exception) -> None:
+        self.failures[where] += 1
+        if self.failures[where] == 1:
+            _LOG.error("%s: %s failed at step %d; training goes on", self.run, where, self._step, exc_info=error)
+
+
+def _filled(gradients: Sequence[Tensor | None], layout: Weights) -> list[Tensor]:
+    """Zeros in the place of gradients that are None."""
+    return [dense(part, parameter) for part, parameter in zip(gradients, layout.parameters, strict=True)]
+
+
+def _chosen(
+    metrics: str | Metric | Iterable[str | Metric], optimizer: Optimizer | None, loss: Loss | None
+) -> list[Metric]:
+    if isinstance(metrics, str) and metrics in ("default", "all"):
+        chosen = choose_metrics(None, optimizer, costly=metrics == "all")
+        return chosen if loss is not None else [metric for metric in chosen if metric.name in _PASSIVE]
+    chosen = choose_metrics(metrics, optimizer)
+    for metric in chosen:
+        if loss is None and metric.name not in _PASSIVE:
+            raise ArgumentError("loss", f"be given for `{metric.name}`, which takes passes of its own", None)
+    return chosen
+
+
+def _checked_rules(alerts: Iterable[Rule] | None) -> list[Rule]:
+    rules = [] if alerts is None else list(alerts)
+    for rule in rules:
+        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("alerts", 'be "default" or rules with a name, callable with a reading', repr(rule))
+    return rules

@@ -1,0 +1,193 @@
+"""What a forward pass does with the parameters: every use of one, as it is called.
+
+A *use* is a call that takes something made of parameters and something made of the batch. Its output has rows, one
+or several for each example, and the gradient at these rows is what each example sends to the parameters: the share
+convention. A `TorchFunctionMode` sees calls of modules, functions and methods alike, so tied, re-used and
+functional parameters need no special care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from gradmon._batches import map_tensors, tensors
+
+_METADATA_ONLY = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
+"""Calls that read only shape, type or device of their further arguments."""
+_CONSTANT = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
+"""Calls whose result does not depend on the contents of their argument."""
+_ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__", "stack", "cat", "concat", "hstack"})
+"""Calls through which a parameter passes unchanged, up to its sign: a penalty added to a loss."""
+_EMBEDDINGS: tuple[Callable[..., Any], ...] = (functional.embedding, functional.embedding_bag)
+
+
+@dataclass
+class Use:
+    """One call that consumes parameters.
+
+    Attributes:
+        name: The called function.
+        sources: What it consumed: the alias it was given, and the parameter, or tensor made of parameters, behind it.
+        outputs: The gradient edges of its outputs.
+        values: The outputs themselves, detached; as they were when the call returned.
+        origins: The positions in the batch of the tensors that went into it.
+    """
+
+    name: str
+    sources: list[tuple[Tensor | GradientEdge, Tensor | GradientEdge]]
+    outputs: list[GradientEdge]
+    values: list[Tensor]
+    origins: frozenset[int] = frozenset()
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What must be the same when the pass is repeated on as many examples."""
+        return (self.name, len(self.sources), [value.shape for value in self.values])
+
+    @property
+    def additive(self) -> bool:
+        """Whether the parameters' part is only added, so that it does not depend on the examples."""
+        return self.name in _ADDITIVE
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where the examples' inputs x enter.
+
+    Attributes:
+        position: The position of a floating tensor in the batch; or
+        embedding: the number of the call of an embedding, counted from 0; or
+        module: the module whose output is x.
+    """
+
+    position: int | None = None
+    embedding: int | None = None
+    module: nn.Module | None = None
+
+
+@dataclass(eq=False)
+class Capture(TorchFunctionMode):
+    """Records the uses of some parameters while it is active.
+
+    Args:
+        parameters: The trainable parameters.
+        inputs: The tensors of the batch, in its order.
+        entry: Where x enters, if that is wanted.
+        delta: What is added to x, of its shape; None for nothing.
+        keep: Whether to copy the uses' outputs.
+    """
+
+    parameters: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+    entry: Entry | None = None
+    delta: Tensor | None = None
+    keep: bool = False
+    uses: list[Use] = field(default_factory=list[Use], init=False)
+    embeddings: list[tuple[frozenset[int], Tensor]] = field(
+        default_factory=list[tuple[frozenset[int], Tensor]], init=False
+    )
+    x: Use | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._made_of_parameters: dict[int, Tensor] = {id(p): p for p in self.parameters}
+        self._made_of_batch: dict[int, tuple[Tensor, frozenset[int]]] = {
+            id(tensor): (tensor, frozenset({position})) for position, tensor in enumerate(self.inputs)
+        }
+        self._calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the call, record it if it is a use, and note what its outputs are made of."""
+        kwargs = kwargs or {}
+        name: str = getattr(func, "__name__", "")
+        relevant = args[:1] if name in _METADATA_ONLY else (args, kwargs)
+        given = list({id(tensor): tensor for tensor in tensors(relevant)}.values())
+        made = [t for t in given if id(t) in self._made_of_parameters and t.requires_grad]
+        origins = frozenset[int]().union(
+            *(self._made_of_batch[id(t)][1] for t in given if id(t) in self._made_of_batch)
+        )
+        passive = {id(t) for t in made}
+        active = any(id(t) in self._made_of_batch or (t.requires_grad and id(t) not in passive) for t in given)
+        if name.startswith(_CONSTANT):
+            return func(*args, **kwargs)
+        if not made or not active:
+            result = func(*args, **kwargs)
+            self._note(_results(name, args, result), origins, active, bool(made))
+        else:
+            result = self._use(func, name, args, kwargs, made, origins)
+        if func in _EMBEDDINGS and args and isinstance(args[0], Tensor) and id(args[0]) in self._made_of_batch:
+            result = self._embedded(result, self._made_of_batch[id(args[0])][1])
+        return result
+
+    def _use(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: list[Tensor],
+        origins: frozenset[int],
+    ) -> Any:
+        aliases: dict[int, Tensor] = {}
+        sources: list[tuple[Tensor | GradientEdge, Tensor | GradientEdge]] = []
+        for tensor in made:
+            if tensor is args[0] and _in_place(name):
+                # What is overwritten cannot be aliased: a multiplication by one gives it a node of its own instead.
+                behind = get_gradient_edge(tensor)
+                tensor.mul_(1)
+                sources.append((get_gradient_edge(tensor), behind))
+            else:
+                aliases[id(tensor)] = tensor.view_as(tensor)
+                sources.append((aliases[id(tensor)], tensor))
+        args, kwargs = map_tensors((args, kwargs), lambda tensor: aliases.get(id(tensor), tensor))
+        result = func(*args, **kwargs)
+        results = _results(name, args, result)
+        outputs = [tensor for tensor in results if tensor.requires_grad]
+        if outputs:
+            values = [tensor.detach().clone() if self.keep else tensor.detach() for tensor in outputs]
+            self.uses.append(Use(name, sources, [get_gradient_edge(t) for t in outputs], values, origins))
+        self._note(results, origins, active=True, made=False)
+        return result
+
+    def _note(self, results: list[Tensor], origins: frozenset[int], active: bool, made: bool) -> None:
+        for tensor in results:
+            if active:
+                self._made_of_batch[id(tensor)] = (tensor, origins)
+                self._made_of_parameters.pop(id(tensor), None)
+            elif made and tensor.requires_grad:
+                self._made_of_parameters[id(tensor)] = tensor
+
+    def _embedded(self, result: Any, origins: frozenset[int]) -> Any:
+        call, self._calls = self._calls, self._calls + 1
+        output = result[0] if isinstance(result, tuple) else result
+        self.embeddings.append((origins, output))
+        return self.enter(output, origins) if self.entry is not None and self.entry.embedding == call else result
+
+    def enter(self, x: Tensor, origins: frozenset[int] = frozenset()) -> Tensor:
+        """Take x as the examples' inputs: add `delta`, and record where its gradient is found."""
+        if not x.requires_grad:
+            x = x.detach().requires_grad_().clone()  # not a leaf, so that the model may overwrite it
+        if self.delta is not None:
+            x = x + self.delta
+        self._made_of_batch[id(x)] = (x, origins)
+        self.x = Use("x", [], [get_gradient_edge(x)], [x.detach().clone()], origins)
+        return x
+
+
+def _in_place(name: str) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def _results(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """The tensors that a call made or changed."""
+    return [args[0]] if name == "__setitem__" else list(tensors(result))

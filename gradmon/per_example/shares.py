@@ -1,0 +1,266 @@
+"""The gradients of single examples as shares of the batch gradient.
+
+``h_i = B * (the part of dL/dw that flows through example i's rows of each use of a parameter)``, so that the mean of
+the h_i is exactly the gradient of the batch loss, whatever its reduction, and also where examples interact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from gradmon._batches import batch_tensors, replace_tensor
+from gradmon._errors import ArgumentError, Unavailable
+from gradmon._objective import Gradient, Objective, dense
+from gradmon._types import Batch
+from gradmon.per_example.capture import Capture, Entry, Use
+from gradmon.per_example.rows import Ownership, Rows, Spread, Unknown, find_owners, still
+
+
+class Pass:
+    """One forward and backward pass, from which the shares of single examples can be read while it is open.
+
+    Attributes:
+        gradient: The batch loss and its gradient.
+        x: The examples' inputs, examples first, (B, ...); None unless an entry was given.
+        x_gradient: ``B * dL/dx``, of x's shape.
+    """
+
+    def __init__(self, objective: Objective, capture: Capture, owners: list[list[Ownership]], loss: Tensor) -> None:
+        parameters = objective.weights.parameters
+        self._objective = objective
+        self._examples = objective.examples
+        self._uses = capture.uses
+        self._owners = owners
+        edges = [edge for use in self._uses for edge in use.outputs]
+        last = capture.x.outputs if capture.x is not None else []
+        found: list[Tensor | None] = [None] * (len(parameters) + len(edges) + len(last))
+        if loss.requires_grad:
+            wanted: list[Any] = [*parameters, *edges, *last]
+            found = list(torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True))
+        self.gradient: Gradient = objective.collect(loss, found[: len(parameters)])
+        flowing = iter(found[len(parameters) : len(parameters) + len(edges)])
+        self._flows = [[next(flowing) for _ in use.outputs] for use in self._uses]
+        self._targets = [[self._behind(behind) for _, behind in use.sources] for use in self._uses]
+        self.x, self.x_gradient = None, None
+        if capture.x is not None:
+            self.x = self._by_example(capture.x.values[0], owners[-1][0])
+            flow = found[-1]
+            self.x_gradient = torch.zeros_like(self.x) if flow is None else self._by_example(flow, owners[-1][0])
+            self.x_gradient = self.x_gradient * self._examples
+
+    def _behind(self, behind: Tensor | GradientEdge) -> list[int]:
+        """The positions of the parameters that something is made of."""
+        parameters = self._objective.weights.parameters
+        for position, parameter in enumerate(parameters):
+            if behind is parameter:
+                return [position]
+        shape = torch.ones_like(behind) if isinstance(behind, Tensor) else None
+        if shape is None:
+            return list(range(len(parameters)))
+        found = torch.autograd.grad([behind], parameters, [shape], retain_graph=True, allow_unused=True)
+        return [position for position, part in enumerate(found) if part is not None]
+
+    def _by_example(self, tensor: Tensor, owner: Ownership) -> Tensor:
+        if isinstance(owner, Spread):
+            return tensor if tensor.ndim and tensor.shape[0] == 1 else tensor.unsqueeze(0)
+        if not isinstance(owner, Rows) or tensor.shape[owner.dim] != self._examples:
+            reason = owner.reason if isinstance(owner, Unknown) else "x has several rows per example"
+            raise Unavailable(f"the inputs of single examples cannot be told apart: {reason}")
+        return tensor.movedim(owner.dim, 0)
+
+    def share(self, example: int | None) -> list[Tensor]:
+        """The gradient h_i of one example, or the sum of all shares for None; one tensor per parameter.
+
+        Raises:
+            Unavailable: The rows of some use cannot be assigned to examples.
+        """
+        parameters = self._objective.weights.parameters
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        for use, owners, flows, targets in zip(self._uses, self._owners, self._flows, self._targets, strict=False):
+            outputs: list[GradientEdge] = []
+            seeds: list[Tensor] = []
+            for edge, owner, flow in zip(use.outputs, owners, flows, strict=True):
+                if flow is None or (isinstance(owner, Unknown) and not bool(flow.any())):
+                    continue
+                outputs.append(edge)
+                seeds.append(_restrict(flow, owner, example, self._examples))
+            if not outputs:
+                continue
+            aliases = [alias for alias, _ in use.sources]
+            pieces = torch.autograd.grad(outputs, aliases, seeds, retain_graph=True, allow_unused=True)
+            for piece, (_, behind), positions in zip(pieces, use.sources, targets, strict=True):
+                if piece is not None:
+                    self._add(total, piece, behind, positions)
+        return total
+
+    def _add(self, total: list[Tensor], piece: Tensor, behind: Tensor | GradientEdge, positions: list[int]) -> None:
+        parameters = self._objective.weights.parameters
+        if len(positions) == 1 and behind is parameters[positions[0]]:
+            total[positions[0]] += dense(piece, parameters[positions[0]])
+            return
+        chosen = [parameters[position] for position in positions]
+        parts = torch.autograd.grad([behind], chosen, [piece], retain_graph=True, allow_unused=True)
+        for position, part in zip(positions, parts, strict=True):
+            if part is not None:
+                total[position] += dense(part, parameters[position])
+
+    def rows(self) -> Tensor:
+        """The looked-at coordinates of every example's gradient, (B, k).
+
+        Raises:
+            Unavailable: The rows of some use cannot be assigned to examples.
+        """
+        return torch.stack([self._objective.weights.pick(self.share(example)) for example in range(self._examples)])
+
+    def check(self) -> None:
+        """Make sure that no gradient took a way that was not seen: all shares together are the batch gradient.
+
+        Raises:
+            Unavailable: They are not, for some parameter.
+        """
+        weights = self._objective.weights
+        for name, part, share in zip(weights.names, self.gradient.parts, self.share(None), strict=True):
+            size = float(torch.linalg.vector_norm(part.double()))
+            gap = float(torch.linalg.vector_norm(share.double() - part.double()))
+            if gap > size * torch.finfo(part.dtype).eps ** 0.5:
+                raise Unavailable(f"the examples' gradients of `{name}` do not add up to its batch gradient")
+
+
+def _restrict(flow: Tensor, owner: Ownership, example: int | None, examples: int) -> Tensor:
+    """The gradient at an output, times B, on one example's rows only; as it is for all examples."""
+    if isinstance(owner, Unknown):
+        raise Unavailable(f"per-example gradients cannot be had: {owner.reason}")
+    if isinstance(owner, Spread) or example is None:
+        return flow
+    index = owner.of(example)
+    return torch.zeros_like(flow).index_copy_(owner.dim, index, flow.index_select(owner.dim, index) * examples)
+
+
+class PerExample:
+    """Per-example passes of one objective: which rows belong to whom is found out once, then used by every pass.
+
+    Args:
+        objective: The objective, inside its sandbox.
+        entry: Where x enters; None if x is not wanted.
+
+    Raises:
+        Unavailable: The forward pass does not repeat itself.
+    """
+
+    def __init__(self, objective: Objective, entry: Entry | None = None) -> None:
+        self._objective = objective
+        self.entry = entry
+        self._uses, self._owners = find_owners(self._look, objective.copied(), objective.examples)
+        self._checked = False
+
+    def _look(self, batch: Batch) -> Capture:
+        with self._objective.at(), still():
+            return self._forward(self._objective.copied(batch), None, keep=True)[0]
+
+    def _forward(self, batch: Batch, delta: Tensor | None, *, keep: bool) -> tuple[Capture, Tensor]:
+        entry = self.entry
+        inputs = batch_tensors(batch)
+        capture = Capture(self._objective.weights.parameters, inputs, entry, delta, keep)
+        with contextlib.ExitStack() as stack:
+            if entry is not None and entry.position is not None:
+                x = capture.enter(inputs[entry.position], frozenset({entry.position}))
+                batch = replace_tensor(batch, entry.position, x)
+            if entry is not None and entry.module is not None:
+                stack.callback(entry.module.register_forward_hook(_hook(capture)).remove)
+            with capture:
+                loss = self._objective.evaluate(batch)
+        return capture, loss
+
+    @contextlib.contextmanager
+    def run(
+        self,
+        *,
+        batch: Batch | None = None,
+        values: Sequence[Tensor] | None = None,
+        delta: Tensor | None = None,
+    ) -> Iterator[Pass]:
+        """A forward and backward pass.
+
+        Args:
+            batch: A batch of as many examples; None for the objective's own.
+            values: Other weights.
+            delta: What is added to x; examples first, (B, ...).
+
+        Raises:
+            Unavailable: The pass took another course than the first ones, or the shares would not add up.
+        """
+        shift = None if delta is None else self._along_x(delta)
+        with self._objective.at(values):
+            capture, loss = self._forward(self._objective.copied(batch), shift, keep=False)
+            uses = capture.uses if capture.x is None else [*capture.uses, capture.x]
+            if [use.signature for use in uses] != [use.signature for use in self._uses]:
+                raise Unavailable("the forward pass does not repeat itself")
+            taken = Pass(self._objective, capture, self._owners, loss)
+            if not self._checked:
+                taken.check()
+                self._checked = True
+            yield taken
+
+    def _along_x(self, delta: Tensor) -> Tensor:
+        owner = self._owners[-1][0]
+        return delta.movedim(0, owner.dim) if isinstance(owner, Rows) else delta.reshape(self._uses[-1].values[0].shape)
+
+
+def _hook(capture: Capture) -> Any:
+    seen = 0
+
+    def enter(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if seen > 1 or not isinstance(output, Tensor):
+            raise Unavailable("`input_module` must be called once and return a tensor")
+        return capture.enter(output)
+
+    return enter
+
+
+def find_entry(objective: Objective, module: nn.Module | str | None = None) -> Entry:
+    """Where the examples' inputs x enter the model.
+
+    Args:
+        objective: The objective, inside its sandbox.
+        module: The module (or its name) whose output is x; None for the first tensor of the batch that the model
+            consumes: itself if it is floating, the output of the embedding that looks it up if it is not.
+
+    Raises:
+        ArgumentError: `input_module` is not a module of the model.
+        Unavailable: The batch holds no such tensor.
+    """
+    if isinstance(module, str):
+        found = dict(objective.model.named_modules()).get(module)
+        if found is None:
+            raise ArgumentError("input_module", "name a module of the model", repr(module))
+        return Entry(module=found)
+    if module is not None:
+        if module not in list(objective.model.modules()):
+            raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
+        return Entry(module=module)
+    batch = objective.copied()
+    inputs = batch_tensors(batch)
+    with objective.at():
+        capture = Capture(objective.weights.parameters, inputs)
+        with capture:
+            objective.evaluate(batch)
+    consumed = frozenset[int]().union(*(use.origins for use in capture.uses if not _scalar(use)))
+    for position, tensor in enumerate(inputs):
+        if tensor.is_floating_point() and position in consumed:
+            return Entry(position=position)
+        for call, (origins, _) in enumerate(capture.embeddings):
+            if origins == {position} and not tensor.is_floating_point():
+                return Entry(embedding=call)
+    raise Unavailable("the batch holds no floating-point input, and no embedding consumes its integers")
+
+
+def _scalar(use: Use) -> bool:
+    return all(value.numel() == 1 for value in use.values)

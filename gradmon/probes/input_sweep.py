@@ -1,0 +1,87 @@
+"""The examples' gradients at perturbed inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradmon._errors import Unavailable
+from gradmon._evidence import InputSweep
+from gradmon._tensors import working
+from gradmon.per_example import PerExample
+from gradmon.perturbations.inputs import InputPoint
+from gradmon.perturbations.weights import norm
+from gradmon.probes.scene import Scene
+
+_PULL_SCALE = 1e-3
+"""The relative radius at which ``J^T u`` is taken; only its direction matters."""
+
+
+def input_sweep(scene: Scene) -> InputSweep:
+    """Each example's gradient along the sampler's perturbations of its own input, the others' inputs unchanged.
+
+    Raises:
+        Unavailable: The inputs cannot be found, or a gradient is not finite.
+    """
+    engine, weights = scene.entered, scene.objective.weights
+    with engine.run() as taken:
+        x, gradients = taken.x, taken.x_gradient
+    if x is None or gradients is None:
+        raise Unavailable("the inputs cannot be found")
+    point = InputPoint(x, gradients, lambda i, u: _pull(scene, engine, gradients, i, u), scene.generator())
+    perturbations = scene.input_sampler.draw(point)
+    count = min(len(x), scene.input_sampler.examples or len(x))
+    lengths: list[list[float]] = []
+    changes: list[list[float]] = []
+    sizes: list[float] = []
+    for example in range(count):
+        start = _share(scene, engine, example, None)
+        lengths.append([])
+        changes.append([])
+        sizes.append(weights.coordinates.norm(weights.pick_flat(start)))
+        draws = perturbations(example)
+        delta = next(draws, None)
+        while delta is not None:
+            every = torch.zeros_like(x)
+            every[example] = delta
+            change = _share(scene, engine, example, every) - start
+            if not bool(torch.isfinite(change).all()):
+                raise Unavailable("non-finite gradient at perturbed inputs")
+            lengths[-1].append(norm((x[example] + delta) - x[example]))
+            changes[-1].append(weights.coordinates.norm(weights.pick_flat(change)))
+            try:
+                delta = draws.send(change)
+            except StopIteration:
+                delta = None
+    return InputSweep(
+        input_norms=torch.tensor([norm(x[example]) for example in range(count)], dtype=torch.float64),
+        gradient_norms=torch.tensor(sizes, dtype=torch.float64),
+        perturbation_norms=_padded(lengths),
+        difference_norms=_padded(changes),
+        epsilon=max(weights.epsilon, torch.finfo(x.dtype).eps),
+    )
+
+
+def _share(scene: Scene, engine: PerExample, example: int, delta: Tensor | None) -> Tensor:
+    weights = scene.objective.weights
+    with engine.run(delta=delta) as taken:
+        return working(weights.flatten(taken.share(example)))
+
+
+def _pull(scene: Scene, engine: PerExample, start: Tensor, example: int, u: Tensor) -> Tensor:
+    """``J^T u``: the change of an example's input gradient when the weights move along u."""
+    weights, base = scene.objective.weights, scene.objective.base
+    size = norm(u)
+    if size == 0:
+        return torch.zeros_like(start[example])
+    radius = _PULL_SCALE * norm(weights.flatten(base)) / size
+    moved = [value + part * radius for value, part in zip(base, weights.unflatten(u), strict=True)]
+    with engine.run(values=moved) as taken:
+        found = taken.x_gradient
+    return torch.zeros_like(start[example]) if found is None else found[example] - start[example]
+
+
+def _padded(rows: list[list[float]]) -> Tensor:
+    """Rows of different lengths as one matrix, filled up with NaN; at least one column."""
+    width = max(1, *(len(row) for row in rows))
+    return torch.tensor([row + [float("nan")] * (width - len(row)) for row in rows], dtype=torch.float64)

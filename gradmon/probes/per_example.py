@@ -1,0 +1,47 @@
+"""The gradients of single examples."""
+
+from __future__ import annotations
+
+import torch
+
+from gradmon._errors import Unavailable
+from gradmon._evidence import InputGradients, PerExampleGradients
+from gradmon._tensors import gram, wide
+from gradmon.probes.scene import Scene
+
+
+def per_example(scene: Scene) -> PerExampleGradients:
+    """The Gram matrix of the examples' gradients, and the mean and variance of each coordinate.
+
+    Raises:
+        Unavailable: The examples' gradients cannot be told apart, or are not finite.
+    """
+    weights = scene.objective.weights
+    with scene.shares.run() as taken:
+        rows = taken.rows()
+    if not bool(torch.isfinite(rows).all()):
+        raise Unavailable("non-finite gradient")
+    nan = torch.full((rows.shape[1],), float("nan"), dtype=torch.float64)
+    return PerExampleGradients(
+        gram=weights.coordinates.gram(rows),
+        means=wide(rows).mean(0),
+        variances=wide(rows).var(0, correction=1) if len(rows) > 1 else nan,
+        seen=(rows != 0).any(0),
+        total=weights.total,
+        micro_batches=scene.micro_batches,
+        epsilon=weights.epsilon,
+    )
+
+
+def input_gradients(scene: Scene) -> InputGradients:
+    """The Gram matrix of the examples' gradients with respect to their own inputs.
+
+    Raises:
+        Unavailable: The inputs cannot be found, or the gradients are not finite.
+    """
+    with scene.entered.run() as taken:
+        found = taken.x_gradient
+    if found is None or not bool(torch.isfinite(found).all()):
+        raise Unavailable("non-finite gradient")
+    rows = found.reshape(len(found), -1)
+    return InputGradients(gram=gram(rows), total=rows.shape[1])

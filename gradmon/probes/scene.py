@@ -1,0 +1,115 @@
+"""What the probes of one moment share: the objective, what was asked for, and what has been seen already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmon._errors import Unavailable
+from gradmon._objective import Gradient, Objective
+from gradmon._types import Batch, Derivative
+from gradmon.per_example import Entry, PerExample, find_entry
+from gradmon.perturbations.inputs import Ascent, InputSampler
+from gradmon.perturbations.weights import Krylov, WeightSampler
+
+_T = TypeVar("_T")
+Probe = Callable[["Scene"], Any]
+
+
+@dataclass
+class Scene:
+    """One batch at one w, and the evidence gathered there, each kind once.
+
+    Attributes:
+        objective: The objective, inside its sandbox.
+        probes: How each kind of evidence is gathered.
+        weight_sampler: The perturbations of the weights.
+        input_sampler: The perturbations of the inputs.
+        derivative: How the gradient's change along a weight perturbation is taken.
+        micro_batches: Into how many parts the metrics over batch means divide the batch.
+        optimizer: The optimizer whose step is looked at; None for none.
+        after: The weights after its step.
+        trial: Whether to try a step on copies where `after` is None.
+        next_batch: The batch chi' of the next step; None without one.
+        input_module: The module whose output is x; None to find x.
+        seed: The seed of the samplers.
+    """
+
+    objective: Objective
+    probes: Mapping[type, Probe]
+    weight_sampler: WeightSampler = field(default_factory=Krylov)
+    input_sampler: InputSampler = field(default_factory=Ascent)
+    derivative: Derivative = "finite"
+    micro_batches: int = 8
+    optimizer: Optimizer | None = None
+    after: Sequence[Tensor] | None = None
+    trial: bool = True
+    next_batch: Batch | None = None
+    input_module: nn.Module | str | None = None
+    seed: int = 0
+    _seen: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False)
+
+    def once(self, key: Any, make: Callable[[], _T]) -> _T:
+        """What `make` returned, or the error it raised, the first time it was asked for under this key."""
+        if key not in self._seen:
+            try:
+                self._seen[key] = make()
+            except Exception as error:
+                self._seen[key] = error
+        found = self._seen[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def get(self, kind: type) -> Any:
+        """The evidence of one kind.
+
+        Raises:
+            Unavailable: It cannot be had, or the loss or the gradient is not finite.
+        """
+        self.gradient  # noqa: B018 - nothing else is worth looking at where the gradient is not finite
+        return self.once(kind, lambda: self.probes[kind](self))
+
+    @property
+    def gradient(self) -> Gradient:
+        """The batch gradient at w.
+
+        Raises:
+            Unavailable: It, or the loss, is not finite.
+        """
+        return self.once("gradient", self._gradient)
+
+    def _gradient(self) -> Gradient:
+        gradient = self.objective.gradient()
+        finite = all(bool(torch.isfinite(part).all()) for part in gradient.parts)
+        if not finite or gradient.loss != gradient.loss or abs(gradient.loss) == float("inf"):
+            raise Unavailable("non-finite gradient")
+        return gradient
+
+    @property
+    def shares(self) -> PerExample:
+        """Per-example passes."""
+        return self.once("shares", lambda: PerExample(self.objective))
+
+    @property
+    def entered(self) -> PerExample:
+        """Per-example passes that know the examples' inputs.
+
+        Raises:
+            Unavailable: The inputs cannot be found.
+        """
+
+        def make() -> PerExample:
+            entry: Entry = find_entry(self.objective, self.input_module)
+            return PerExample(self.objective, entry)
+
+        return self.once("entered", make)
+
+    def generator(self) -> torch.Generator:
+        """A fresh source of randomness, the same for every sweep of this scene."""
+        return torch.Generator().manual_seed(self.seed)

@@ -1,0 +1,205 @@
+"""One JSON object a line: a file that survives a killed process and that any other program can read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from gradmon._errors import ArgumentError, GradmonError
+from gradmon._reading import Alert, Reading
+
+FORMAT_VERSION = 1
+_FORMAT = "hold lines that a `JsonlSink` wrote"
+_FLOATS = frozenset({"value", "scale", "resolution"})
+
+
+class JsonlSink:
+    """Appends to a file of JSON lines.
+
+    Each line is an object with a ``kind``: ``run`` (``run``, ``rank``, ``version`` of the file format, ``time`` in
+    seconds since 1970), ``reading`` or ``alert`` (their fields; those that are None are left out). A run line precedes
+    what its run wrote. The JSON is strict: NaN is written as ``null``, the infinities as ``"inf"`` and ``"-inf"``.
+    Every write is flushed, so that a killed process loses at most the line it was writing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file, and create it and its directories where they do not exist.
+
+        Args:
+            path: The file. What is already in it stays.
+
+        Raises:
+            ArgumentError: `path` is empty, or no file that can be written.
+        """
+        self.path = _checked(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            torn = _lacks_newline(self.path)
+            self._file = self.path.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise ArgumentError("path", f"be a file that can be written ({error.strerror})", path) from error
+        self._headed = False
+        if torn:
+            self._file.write("\n")
+
+    @classmethod
+    def from_spec(cls, argument: str) -> JsonlSink:
+        """Make the sink of a string such as ``"jsonl:run.jsonl"``."""
+        return cls(argument)
+
+    def bind(self, run: str, rank: int) -> None:
+        """Write the run line.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._headed = True
+        self._append(_header(run, rank))
+
+    def write(self, readings: Sequence[Reading]) -> None:
+        """Append one line a reading, and flush.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._append("".join(_line("reading", reading._asdict()) for reading in readings))
+
+    def alert(self, alert: Alert) -> None:
+        """Append one line, and flush.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._append(_line("alert", alert._asdict()))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _append(self, text: str) -> None:
+        if self._file.closed:
+            raise GradmonError(f"The sink of {self.path} is closed.")
+        if not self._headed:
+            self._headed = True
+            text = _header(None, None) + text
+        self._file.write(text)
+        self._file.flush()
+
+
+class Recording(NamedTuple):
+    """What a file of JSON lines holds.
+
+    Attributes:
+        readings: In the order in which they were written.
+        alerts: In the order in which they were written.
+    """
+
+    readings: list[Reading]
+    alerts: list[Alert]
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> Recording:
+    """Read back what a `JsonlSink` wrote.
+
+    A line that a killed process left unfinished is skipped, be it the last one or followed by the next run's. Lines of
+    a kind that is not known here are skipped as well.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The readings and the alerts, as a pair.
+
+    Raises:
+        ArgumentError: `path` is empty, cannot be read, holds other lines than a `JsonlSink` writes, or was written in
+            a newer version of the format.
+    """
+    recording = Recording([], [])
+    try:
+        # Not splitlines(): that also splits at characters which a line of JSON may hold.
+        lines = _checked(path).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise ArgumentError("path", f"be a file that can be read ({error.strerror})", path) from error
+    for number, fields in _objects(lines, path):
+        kind = fields.pop("kind", None)
+        try:
+            newer = kind == "run" and fields["version"] > FORMAT_VERSION
+            if kind == "reading":
+                recording.readings.append(Reading(**_decoded(fields, Reading._fields)))
+            elif kind == "alert":
+                optional: dict[str, Any] = {"step": None, "layer": None}
+                recording.alerts.append(Alert(**(optional | _decoded(fields, Alert._fields))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ArgumentError("path", _FORMAT, f"line {number} of {os.fspath(path)}") from error
+        if newer:
+            must = f"be written in version {FORMAT_VERSION} of the file format or an older one"
+            raise ArgumentError("path", must, f"version {fields['version']} in {os.fspath(path)}")
+    return recording
+
+
+def _checked(path: object) -> Path:
+    if isinstance(path, str | os.PathLike) and (name := os.fspath(cast("str | os.PathLike[str]", path))):
+        return Path(name)
+    raise ArgumentError("path", "be the path of a file", f"{path!r}")
+
+
+def _lacks_newline(path: Path) -> bool:
+    """Whether a killed process left its last line unfinished."""
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+
+
+def _header(run: str | None, rank: int | None) -> str:
+    return _line("run", {"run": run, "rank": rank, "version": FORMAT_VERSION, "time": time.time()})
+
+
+def _line(kind: str, fields: Mapping[str, Any]) -> str:
+    encoded = {key: _number(value) if key in _FLOATS else value for key, value in fields.items() if value is not None}
+    return json.dumps({"kind": kind, **encoded}, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def _number(value: float) -> float | str | None:
+    if math.isnan(value):
+        return None
+    return str(float(value)) if math.isinf(value) else float(value)
+
+
+def _decoded(fields: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    decoded = {key: fields[key] for key in known if key in fields}
+    for key in _FLOATS & decoded.keys():
+        decoded[key] = math.nan if decoded[key] is None else float(decoded[key])
+    return decoded
+
+
+def _objects(lines: Sequence[str], path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of the lines, with the lines' numbers from 1.
+
+    An unfinished line can only be the last one that its process wrote, so what follows it must be a run line.
+
+    Raises:
+        ArgumentError: Something else follows.
+    """
+    unfinished: int | None = None
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError:
+            fields = None
+        if not isinstance(fields, dict):
+            unfinished = unfinished or number
+            continue
+        fields = cast("dict[str, Any]", fields)
+        if unfinished and fields.get("kind") != "run":
+            raise ArgumentError("path", _FORMAT, f"line {unfinished} of {os.fspath(path)}")
+        unfinished = None
+        yield number, fields
