@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
@@ -64,7 +63,7 @@ class Entry:
 
     Attributes:
         position: The position of a floating tensor in the batch; or
-        embedding: the number of the call of an embedding, counted from 0; or
+        embedding: the number of the look-up of integers of the batch in an embedding, counted from 0; or
         module: the module whose output is x.
     """
 
@@ -91,9 +90,7 @@ class Capture(TorchFunctionMode):
     delta: Tensor | None = None
     keep: bool = False
     uses: list[Use] = field(default_factory=list[Use], init=False)
-    embeddings: list[tuple[frozenset[int], Tensor]] = field(
-        default_factory=list[tuple[frozenset[int], Tensor]], init=False
-    )
+    embeddings: list[frozenset[int]] = field(default_factory=list[frozenset[int]], init=False)
     x: Use | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +99,6 @@ class Capture(TorchFunctionMode):
         self._made_of_batch: dict[int, tuple[Tensor, frozenset[int]]] = {
             id(tensor): (tensor, frozenset({position})) for position, tensor in enumerate(self.inputs)
         }
-        self._calls = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -167,11 +163,10 @@ class Capture(TorchFunctionMode):
             elif made and tensor.requires_grad:
                 self._made_of_parameters[id(tensor)] = tensor
 
-    def _embedded(self, result: Any, origins: frozenset[int]) -> Any:
-        call, self._calls = self._calls, self._calls + 1
-        output = result[0] if isinstance(result, tuple) else result
-        self.embeddings.append((origins, output))
-        return self.enter(output, origins) if self.entry is not None and self.entry.embedding == call else result
+    def _embedded(self, output: Tensor, origins: frozenset[int]) -> Tensor:
+        self.embeddings.append(origins)
+        call = len(self.embeddings) - 1
+        return self.enter(output, origins) if self.entry is not None and self.entry.embedding == call else output
 
     def enter(self, x: Tensor, origins: frozenset[int] = frozenset()) -> Tensor:
         """Take x as the examples' inputs: add `delta`, and record where its gradient is found."""

@@ -230,8 +230,8 @@ def find_entry(objective: Objective, module: nn.Module | str | None = None) -> E
 
     Args:
         objective: The objective, inside its sandbox.
-        module: The module (or its name) whose output is x; None for the first tensor of the batch that the model
-            consumes: itself if it is floating, the output of the embedding that looks it up if it is not.
+        module: The module (or its name) whose output is x; None for the first floating tensor of the batch that meets
+            a parameter, and where there is none for the output of the first embedding that looks up integers of it.
 
     Raises:
         ArgumentError: `input_module` is not a module of the model.
@@ -256,9 +256,10 @@ def find_entry(objective: Objective, module: nn.Module | str | None = None) -> E
     for position, tensor in enumerate(inputs):
         if tensor.is_floating_point() and position in consumed:
             return Entry(position=position)
-        for call, (origins, _) in enumerate(capture.embeddings):
-            if origins == {position} and not tensor.is_floating_point():
-                return Entry(embedding=call)
+    whole = {position for position, tensor in enumerate(inputs) if not tensor.is_floating_point()}
+    for call, origins in enumerate(capture.embeddings):
+        if origins <= whole:
+            return Entry(embedding=call)
     raise Unavailable("the batch holds no floating-point input, and no embedding consumes its integers")
 
 

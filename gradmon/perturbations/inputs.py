@@ -246,7 +246,8 @@ def _check(n: object, eta: object, examples: object, *, count: str = "n", radius
 
 
 def _each(deltas: list[Tensor]) -> Generator[Tensor, Tensor, None]:
-    yield from deltas
+    for delta in deltas:  # not `yield from`: a list has no use for what is sent
+        yield delta
 
 
 def _shared(deltas: list[Tensor]) -> Perturbations:
