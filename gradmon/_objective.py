@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmon._batches import example_count, map_tensors
-from gradmon._errors import ArgumentError
+from gradmon._errors import ArgumentError, Unavailable
 from gradmon._parameters import Weights
 from gradmon._sandbox import RandomState, Sandbox
 from gradmon._types import Batch, Loss, Reduction
@@ -118,15 +118,25 @@ class Objective:
 
         Returns:
             One tensor per parameter.
+
+        Raises:
+            Unavailable: Some function of the model has no second derivative.
+            OutOfMemoryError: The second pass does not fit into the device's memory.
         """
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with self.at():
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                first = self._differentiate(self.evaluate(), create_graph=True)
-            slope = sum((part * piece).sum() for part, piece in zip(first, direction, strict=True) if part is not None)
-            second = self._differentiate(slope)
-            return [dense(part, parameter) for part, parameter in zip(second, self.weights.parameters, strict=True)]
+                loss = self.evaluate()
+            try:
+                first = self._differentiate(loss, create_graph=True)
+                pairs = zip(first, direction, strict=True)
+                second = self._differentiate(sum((part * piece).sum() for part, piece in pairs if part is not None))
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # also NotImplementedError, for a function without a second derivative
+                raise Unavailable(f"no exact product: {error}") from error
+        return [dense(part, parameter) for part, parameter in zip(second, self.weights.parameters, strict=True)]
 
     def collect(self, loss: Tensor, found: Sequence[Tensor | None]) -> Gradient:
         """A gradient from what autograd returned for each parameter."""

@@ -102,7 +102,7 @@ class Weights:
         """The coordinates that are looked at of a vector, (P,) -> (k,)."""
         if self.picks is None:
             return vector
-        return torch.cat([part[pick] for part, pick in zip(vector.split(self.sizes), self.picks, strict=True)])
+        return torch.cat([part[pick] for part, pick in zip(self._pieces(vector), self.picks, strict=True)])
 
     def pick_one(self, position: int, rows: Tensor) -> Tensor:
         """The coordinates that are looked at of rows that belong to one parameter, (n, numel) -> (n, k_t)."""
@@ -116,8 +116,10 @@ class Weights:
         """
         if vector.numel() != self.total:
             raise ArgumentError("perturbations", f"have {self.total} columns, one per weight", vector.numel())
-        pieces = vector.reshape(-1).split(self.sizes)
         return [
             piece.reshape(parameter.shape).to(parameter.device, parameter.dtype)
-            for piece, parameter in zip(pieces, self.parameters, strict=True)
+            for piece, parameter in zip(self._pieces(vector), self.parameters, strict=True)
         ]
+
+    def _pieces(self, vector: Tensor) -> list[Tensor]:
+        return list(torch.split(vector.reshape(-1), self.sizes))

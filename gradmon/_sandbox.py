@@ -7,7 +7,7 @@ import contextlib
 import copy
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class RandomState:
-    """The global random states as found (torch on the CPU and on every CUDA device, numpy, Python), and the model's own.
+    """The random states as found: torch on the CPU and every CUDA device, numpy, Python, and the model's generators.
 
     Args:
         model: The model, whose modules may hold generators of their own.
@@ -73,7 +73,8 @@ class ModuleState:
         for now, before in self._containers:
             if not _identical(now, before):
                 now.clear()
-                now.extend(before) if isinstance(now, list) else now.update(before)
+                extend = now.extend if isinstance(now, list) else now.update  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+                extend(before)
         for tensor, content in self._tensors:
             tensor.data.copy_(content)
 
@@ -152,7 +153,7 @@ class Sandbox:
         return self._found if self._start is None else self._start
 
     @contextlib.contextmanager
-    def at(self, values: Sequence[Tensor]) -> Iterator[None]:
+    def at(self, values: Sequence[Tensor]) -> Generator[None]:
         """The trainable parameters take these values (copied) inside; buffers and random states start as found.
 
         Args:
@@ -175,12 +176,12 @@ class Sandbox:
 
 
 @contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
+def _full_precision() -> Generator[None]:
     """TF32 off on CUDA; elsewhere nothing to do."""
-    if not torch.cuda.is_initialized():
-        yield
-        return
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    backends: list[Any] = []
+    if torch.cuda.is_initialized():
+        cudnn: Any = torch.backends.cudnn
+        backends = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

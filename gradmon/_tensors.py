@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,17 @@ def wide(tensor: Tensor) -> Tensor:
 def working(tensor: Tensor) -> Tensor:
     """The tensor in at least float32, where sums and differences of half-precision numbers keep their digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def length(tensor: Tensor) -> float:
+    """The 2-norm of all entries, accumulated in float64."""
+    return math.sqrt(sum(float(wide(part).square().sum()) for part in torch.split(tensor.reshape(-1), _CHUNK)))
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns."""
+    values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(matrix))  # pyright: ignore[reportUnknownMemberType]
+    return values, vectors
 
 
 def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -53,10 +65,10 @@ def largest_quotient(above: Tensor, below: Tensor) -> tuple[float, Tensor]:
         The quotient, and its c, (n,).
     """
     sizes = below.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
-    values, vectors = torch.linalg.eigh(below / sizes / sizes[:, None])
+    values, vectors = eigh(below / sizes / sizes[:, None])
     kept = values > 1e-10 * values[-1]
     basis = vectors[:, kept] / values[kept].sqrt() / sizes[:, None]
-    quotients, inner = torch.linalg.eigh(basis.T @ above @ basis)
+    quotients, inner = eigh(basis.T @ above @ basis)
     return float(quotients[-1]), basis @ inner[:, -1]
 
 

@@ -78,7 +78,7 @@ class Mask:
 
     def state_dict(self) -> dict[str, Any]:
         """The mask as plain types."""
-        picks = {name: pick.tolist() for name, pick in self._picks.items()}
+        picks = {name: [int(place) for place in pick] for name, pick in self._picks.items()}
         return {"fraction": self.fraction, "seed": self.seed, "picks": picks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -55,6 +55,6 @@ def default_rules() -> list[Rule]:
             name="update_too_small",
             after=3,
             clear_after=3,
-            remedy="Raise the learning rate, and look for a schedule that has run out or a gradient that is clipped away.",
+            remedy="Raise the learning rate; look for a schedule that has run out, or a gradient that is clipped away.",
         ),
     ]

@@ -17,6 +17,7 @@ from gradmon.metrics import gradient, input_sweep, per_example, step, weight_swe
 from gradmon.metrics._metric import Metric as Metric
 from gradmon.metrics._metric import Value as Value
 
+_EXAMPLES = (PerExampleGradients,)
 _STEP, _BATCH, _SOURCES, _HEALTH = "step-consistency", "batch-dissonance", "variance-sources", "health"
 _SHORTER = "Lower the learning rate, add normalisation or residual connections, or warm up longer."
 _LARGER = "Raise the batch size, or accumulate gradients over more micro-batches."
@@ -95,7 +96,7 @@ _ALL = (
         costly=True,
     ),
     Metric(
-        "gradient_rank", (PerExampleGradients,), per_example.gradient_rank, "low", "Nelson 2022, 3.7", _BATCH,
+        "gradient_rank", _EXAMPLES, per_example.gradient_rank, "low", "Nelson 2022, 3.7", _BATCH,
         "How many directions the examples pull in, relative to pure noise; 1 is noise.",
         _DATA,
     ),
@@ -105,27 +106,27 @@ _ALL = (
         "Add residual connections or normalisation: depth shatters the gradient.",
     ),
     Metric(
-        "gradient_confusion", (PerExampleGradients,), per_example.gradient_confusion, "low", "Nelson 2022, 3.11", _BATCH,
+        "gradient_confusion", _EXAMPLES, per_example.gradient_confusion, "low", "Nelson 2022, 3.11", _BATCH,
         "How much the two most contrary micro-batches contradict each other; 1 is exactly opposite.",
         _DATA,
     ),
     Metric(
-        "gradient_diversity", (PerExampleGradients,), per_example.gradient_diversity, "low", "Nelson 2022, 3.12", _BATCH,
+        "gradient_diversity", _EXAMPLES, per_example.gradient_diversity, "low", "Nelson 2022, 3.12", _BATCH,
         "Whether the micro-batches' gradients add up; 1/n where they agree, 1 where they are orthogonal.",
         _LARGER,
     ),
     Metric(
-        "gradient_coherence", (PerExampleGradients,), per_example.gradient_coherence, "high", "Nelson 2022, 3.13", _BATCH,
+        "gradient_coherence", _EXAMPLES, per_example.gradient_coherence, "high", "Nelson 2022, 3.13", _BATCH,
         "How much an average step helps each example; 1 where they agree, 1/B where they are orthogonal.",
         _LARGER,
     ),
     Metric(
-        "noise_scale", (PerExampleGradients,), per_example.noise_scale, "low", "McCandlish et al. 2018", _BATCH,
+        "noise_scale", _EXAMPLES, per_example.noise_scale, "low", "McCandlish et al. 2018", _BATCH,
         "The batch size at which signal and noise are equally strong.",
         _LARGER,
     ),
     Metric(
-        "gradient_snr", (PerExampleGradients,), per_example.gradient_snr, "high", "arXiv 2510.00236", _BATCH,
+        "gradient_snr", _EXAMPLES, per_example.gradient_snr, "high", "arXiv 2510.00236", _BATCH,
         "The median signal-to-noise ratio of one coordinate of one example's gradient.",
         _LARGER,
     ),
@@ -148,7 +149,7 @@ _ALL = (
         layers=step.step_layers,
     ),
     Metric(
-        "noise_ratio", (PerExampleGradients,), per_example.noise_ratio, "low", "McCandlish et al. 2018", _SOURCES,
+        "noise_ratio", _EXAMPLES, per_example.noise_ratio, "low", "McCandlish et al. 2018", _SOURCES,
         "noise_scale over the batch size; above 1 the gradient is more noise than signal.",
         _LARGER,
     ),

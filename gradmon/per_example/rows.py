@@ -7,8 +7,7 @@ time-first layout is told from a batch-first one, whatever the sizes, and a flat
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmon._batches import select_examples
 from gradmon._errors import Unavailable
+from gradmon._tensors import length, wide
 from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Use
 
@@ -54,8 +54,8 @@ class Unknown:
 Ownership = Rows | Spread | Unknown
 
 
-class _Still(TorchDispatchMode):
-    """Replaces random tensors by constant ones, so that examples in another order see the same noise."""
+class Still(TorchDispatchMode):
+    """A context that replaces random tensors by constant ones: examples in another order see the same noise."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,13 +80,6 @@ class _Still(TorchDispatchMode):
             with torch.no_grad():
                 result.fill_(result.reshape(-1)[0] if not result.is_floating_point() else result.mean())
         return result
-
-
-@contextlib.contextmanager
-def still() -> Iterator[None]:
-    """A context in which dropout passes everything and random tensors of more than one entry are constant."""
-    with _Still():
-        yield
 
 
 def find_owners(
@@ -201,6 +194,5 @@ def _source(size: int, inner: int, order: Tensor, like: Tensor) -> Tensor:
 
 def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
     """The relative distance of two tensors; 0 where all is zero."""
-    size = float(torch.linalg.vector_norm(scale.double()))
-    gap = float(torch.linalg.vector_norm(a.double() - b.double()))
+    size, gap = length(scale), length(wide(a) - wide(b))
     return gap if size == 0 else gap / size

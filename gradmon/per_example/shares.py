@@ -7,7 +7,7 @@ the h_i is exactly the gradient of the batch loss, whatever its reduction, and a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch.autograd.graph import GradientEdge
 from gradmon._batches import batch_tensors, replace_tensor
 from gradmon._errors import ArgumentError, Unavailable
 from gradmon._objective import Gradient, Objective, dense
+from gradmon._tensors import length, wide
 from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Entry, Use
-from gradmon.per_example.rows import Ownership, Rows, Spread, Unknown, find_owners, still
+from gradmon.per_example.rows import Ownership, Rows, Spread, Still, Unknown, find_owners
 
 
 class Pass:
@@ -41,8 +42,7 @@ class Pass:
         last = capture.x.outputs if capture.x is not None else []
         found: list[Tensor | None] = [None] * (len(parameters) + len(edges) + len(last))
         if loss.requires_grad:
-            wanted: list[Any] = [*parameters, *edges, *last]
-            found = list(torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True))
+            found = _differentiate([loss], [*parameters, *edges, *last])
         self.gradient: Gradient = objective.collect(loss, found[: len(parameters)])
         flowing = iter(found[len(parameters) : len(parameters) + len(edges)])
         self._flows = [[next(flowing) for _ in use.outputs] for use in self._uses]
@@ -63,7 +63,7 @@ class Pass:
         shape = torch.ones_like(behind) if isinstance(behind, Tensor) else None
         if shape is None:
             return list(range(len(parameters)))
-        found = torch.autograd.grad([behind], parameters, [shape], retain_graph=True, allow_unused=True)
+        found = _differentiate([behind], parameters, [shape])
         return [position for position, part in enumerate(found) if part is not None]
 
     def _by_example(self, tensor: Tensor, owner: Ownership) -> Tensor:
@@ -93,7 +93,7 @@ class Pass:
             if not outputs:
                 continue
             aliases = [alias for alias, _ in use.sources]
-            pieces = torch.autograd.grad(outputs, aliases, seeds, retain_graph=True, allow_unused=True)
+            pieces = _differentiate(outputs, aliases, seeds)
             for piece, (_, behind), positions in zip(pieces, use.sources, targets, strict=True):
                 if piece is not None:
                     self._add(total, piece, behind, positions)
@@ -105,7 +105,7 @@ class Pass:
             total[positions[0]] += dense(piece, parameters[positions[0]])
             return
         chosen = [parameters[position] for position in positions]
-        parts = torch.autograd.grad([behind], chosen, [piece], retain_graph=True, allow_unused=True)
+        parts = _differentiate([behind], chosen, [piece])
         for position, part in zip(positions, parts, strict=True):
             if part is not None:
                 total[position] += dense(part, parameters[position])
@@ -126,10 +126,19 @@ class Pass:
         """
         weights = self._objective.weights
         for name, part, share in zip(weights.names, self.gradient.parts, self.share(None), strict=True):
-            size = float(torch.linalg.vector_norm(part.double()))
-            gap = float(torch.linalg.vector_norm(share.double() - part.double()))
+            size, gap = length(part), length(wide(share) - wide(part))
             if gap > size * torch.finfo(part.dtype).eps ** 0.5:
                 raise Unavailable(f"the examples' gradients of `{name}` do not add up to its batch gradient")
+
+
+def _differentiate(
+    outputs: Sequence[Tensor | GradientEdge],
+    inputs: Sequence[Tensor | GradientEdge],
+    seeds: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """`torch.autograd.grad` on a graph that is kept, with edges in the place of tensors."""
+    grad: Any = torch.autograd.grad  # its types know no mixture of tensors and edges
+    return list(grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True))
 
 
 def _restrict(flow: Tensor, owner: Ownership, example: int | None, examples: int) -> Tensor:
@@ -160,7 +169,7 @@ class PerExample:
         self._checked = False
 
     def _look(self, batch: Batch) -> Capture:
-        with self._objective.at(), still():
+        with self._objective.at(), Still():
             return self._forward(self._objective.copied(batch), None, keep=True)[0]
 
     def _forward(self, batch: Batch, delta: Tensor | None, *, keep: bool) -> tuple[Capture, Tensor]:
@@ -184,7 +193,7 @@ class PerExample:
         batch: Batch | None = None,
         values: Sequence[Tensor] | None = None,
         delta: Tensor | None = None,
-    ) -> Iterator[Pass]:
+    ) -> Generator[Pass]:
         """A forward and backward pass.
 
         Args:
@@ -238,10 +247,10 @@ def find_entry(objective: Objective, module: nn.Module | str | None = None) -> E
         Unavailable: The batch holds no such tensor.
     """
     if isinstance(module, str):
-        found = dict(objective.model.named_modules()).get(module)
-        if found is None:
-            raise ArgumentError("input_module", "name a module of the model", repr(module))
-        return Entry(module=found)
+        try:
+            return Entry(module=objective.model.get_submodule(module))
+        except AttributeError:
+            raise ArgumentError("input_module", "name a module of the model", repr(module)) from None
     if module is not None:
         if module not in list(objective.model.modules()):
             raise ArgumentError("input_module", "be a module of the model", type(module).__name__)

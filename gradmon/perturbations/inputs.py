@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import ArgumentError, Unavailable
-from gradmon._tensors import wide
+from gradmon._tensors import length, wide
 from gradmon.perturbations._arguments import check_count, check_radius
-from gradmon.perturbations.weights import norm
 
 Perturbations = Callable[[int], Generator[Tensor, Tensor, None]]
 
@@ -114,7 +113,7 @@ class Targeted:
         """
         found: list[Tensor] = []
         for gradient in point.gradients:
-            size = norm(gradient)
+            size = length(gradient)
             if size > 0 and len(found) < self.n:
                 zeta = 2 * int(torch.randint(2, (1,), generator=point.generator)) - 1
                 found.append((wide(gradient) * (self.eta * zeta / size)).to(point.x))
@@ -125,7 +124,7 @@ class Targeted:
 
 @dataclass(frozen=True)
 class Toward:
-    """``eta * (x_a - x_b)``: a part of the way from one example of the batch towards another; the same for all examples.
+    """``eta * (x_a - x_b)``: part of the way from one example of the batch towards another; the same for all examples.
 
     Args:
         n: How many pairs, drawn at random.
@@ -188,9 +187,9 @@ class Ascent:
 
         def climb(example: int) -> Generator[Tensor, Tensor, None]:
             direction = point.gradients[example]
-            radius = self.scale * norm(point.x[example])
+            radius = self.scale * length(point.x[example])
             for step in range(self.k + 1):
-                size = norm(direction)
+                size = length(direction)
                 if size == 0 or radius == 0:
                     return
                 change = yield (wide(direction) * (radius / size)).to(point.x)
@@ -246,7 +245,8 @@ def _check(n: object, eta: object, examples: object, *, count: str = "n", radius
 
 
 def _each(deltas: list[Tensor]) -> Generator[Tensor, Tensor, None]:
-    for delta in deltas:  # not `yield from`: a list has no use for what is sent
+    # Not `yield from`, which would hand what is sent on to a list, that has no use for it.
+    for delta in deltas:  # noqa: UP028
         yield delta
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import ArgumentError, Unavailable
-from gradmon._tensors import wide
+from gradmon._tensors import length, wide
 from gradmon.perturbations._arguments import check_count, check_radius
 
 Perturbations = Generator[Tensor, Tensor, None]
@@ -42,7 +42,7 @@ class WeightPoint:
     @property
     def norm(self) -> float:
         """``||w||``."""
-        return math.sqrt(sum(norm(part) ** 2 for part in self.weights))
+        return math.sqrt(sum(length(part) ** 2 for part in self.weights))
 
 
 class WeightSampler(Protocol):
@@ -52,10 +52,7 @@ class WeightSampler(Protocol):
         span: Whether a condition number is the largest over their span rather than over the perturbations.
     """
 
-    @property
-    def span(self) -> bool:
-        """Whether the perturbations are to be taken together."""
-        ...
+    span: ClassVar[bool]
 
     def draw(self, point: WeightPoint) -> Perturbations:
         """Yield omega, (P,); is sent the change of the gradient along it, (P,)."""
@@ -135,7 +132,7 @@ class Targeted:
         given = 0
         for example in range(point.examples):
             gradient = point.example(example)
-            size = norm(gradient)
+            size = length(gradient)
             if size == 0:
                 continue
             zeta = 2 * int(torch.randint(2, (1,), generator=point.generator)) - 1
@@ -221,7 +218,7 @@ class Krylov:
         Raises:
             Unavailable: The batch gradient or the weights are zero.
         """
-        if norm(point.gradient) == 0:
+        if length(point.gradient) == 0:
             raise Unavailable("zero gradient")
         radius = self.scale * point.norm
         if radius == 0:
@@ -229,11 +226,11 @@ class Krylov:
         directions: list[Tensor] = []
         following = wide(point.gradient)
         for _ in range(self.k):
-            before = norm(following)
+            before = length(following)
             for _ in range(2):  # once more: the first time leaves rounding errors of the size of what is left
                 for direction in directions:
                     following = following - direction * float(torch.dot(direction, following))
-            size = norm(following)
+            size = length(following)
             if size <= before * torch.finfo(point.gradient.dtype).eps ** 0.5 or before == 0:
                 return  # the span is invariant: there is nothing new along it
             directions.append(following / size)
@@ -282,16 +279,11 @@ class Fixed:
         return Fixed(self.perturbations * factor)
 
 
-def norm(vector: Tensor) -> float:
-    """The 2-norm, accumulated in float64."""
-    return float(torch.linalg.vector_norm(wide(vector)))
-
-
 def _times(scale: float | None, factor: float) -> float | None:
     return None if scale is None else scale * factor
 
 
 def _stretched(omega: Tensor, scale: float | None, point: WeightPoint) -> Tensor:
     """The perturbation as it is, or stretched to ``scale * ||w||``."""
-    size = norm(omega)
+    size = length(omega)
     return omega if scale is None or size == 0 else omega * (scale * point.norm / size)

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._evidence import InputSweep
-from gradmon._tensors import working
+from gradmon._tensors import length, working
 from gradmon.per_example import PerExample
 from gradmon.perturbations.inputs import InputPoint
-from gradmon.perturbations.weights import norm
 from gradmon.probes.scene import Scene
 
 _PULL_SCALE = 1e-3
@@ -47,14 +46,14 @@ def input_sweep(scene: Scene) -> InputSweep:
             change = _share(scene, engine, example, every) - start
             if not bool(torch.isfinite(change).all()):
                 raise Unavailable("non-finite gradient at perturbed inputs")
-            lengths[-1].append(norm((x[example] + delta) - x[example]))
+            lengths[-1].append(length((x[example] + delta) - x[example]))
             changes[-1].append(weights.coordinates.norm(weights.pick_flat(change)))
             try:
                 delta = draws.send(change)
             except StopIteration:
                 delta = None
     return InputSweep(
-        input_norms=torch.tensor([norm(x[example]) for example in range(count)], dtype=torch.float64),
+        input_norms=torch.tensor([length(x[example]) for example in range(count)], dtype=torch.float64),
         gradient_norms=torch.tensor(sizes, dtype=torch.float64),
         perturbation_norms=_padded(lengths),
         difference_norms=_padded(changes),
@@ -71,10 +70,10 @@ def _share(scene: Scene, engine: PerExample, example: int, delta: Tensor | None)
 def _pull(scene: Scene, engine: PerExample, start: Tensor, example: int, u: Tensor) -> Tensor:
     """``J^T u``: the change of an example's input gradient when the weights move along u."""
     weights, base = scene.objective.weights, scene.objective.base
-    size = norm(u)
+    size = length(u)
     if size == 0:
         return torch.zeros_like(start[example])
-    radius = _PULL_SCALE * norm(weights.flatten(base)) / size
+    radius = _PULL_SCALE * length(weights.flatten(base)) / size
     moved = [value + part * radius for value, part in zip(base, weights.unflatten(u), strict=True)]
     with engine.run(values=moved) as taken:
         found = taken.x_gradient

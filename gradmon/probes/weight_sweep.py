@@ -80,6 +80,7 @@ def _run(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor
         if exact:
             taken = working(weights.flatten(parts))
             change = working(weights.flatten(objective.product(parts)))
+            _check_symmetry(scene, taken, change)
             gradient = start + change
         else:
             moved = [value + part for value, part in zip(base, parts, strict=True)]
@@ -121,6 +122,24 @@ def _run(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor
         best = largest_quotient(all_of_w[count:, count:], all_of_w[:count, :count])[1]
         sweep = dataclasses.replace(sweep, combination=best / torch.tensor(lengths, dtype=best.dtype).to(best.device))
     return sweep, directions, products
+
+
+def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
+    """Compare ``v . H omega`` with ``omega . H v``: a function with a wrong second derivative gives itself away."""
+    weights = scene.objective.weights
+
+    def make() -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(weights.total, generator=generator, dtype=torch.float64).to(omega)
+        return probe, working(weights.flatten(scene.objective.product(weights.unflatten(probe))))
+
+    probe, reflected = scene.once("symmetry", make)
+    there, back = weights.full.dot(probe, product), weights.full.dot(omega, reflected)
+    size = weights.full.norm(omega) * weights.full.norm(reflected) + weights.full.norm(probe) * weights.full.norm(
+        product
+    )
+    if abs(there - back) > 10 * weights.epsilon**0.5 * size:
+        raise Unavailable("no exact product: the second derivative of some function of the model is wrong")
 
 
 def _next(draws: Perturbations, change: Tensor) -> Tensor | None:

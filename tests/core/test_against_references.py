@@ -148,6 +148,15 @@ def test_exact_products(case, problem):
     close(sharp, references.sharpness(H, seen.directions), rtol=1e-5, atol=1e-9 * np.abs(H).max())
 
 
+@pytest.mark.parametrize("case", [case for case in zoo.CASES if case.once_differentiable], ids=lambda case: case.name)
+def test_exact_products_of_a_function_without_a_second_derivative(case):
+    problem = case.make(0, torch.float64)
+    found = measured(problem, metrics=["weight_condition", "grad_norm"], derivative="exact")
+    assert math.isnan(found["weight_condition"].value)
+    assert found["weight_condition"].reason.startswith("no exact product")
+    assert math.isfinite(found["grad_norm"].value)
+
+
 def test_input_condition(case, problem):
     X = references.inputs(problem)
     deltas = np.random.default_rng(7).normal(size=(2, *X.shape)) * 1e-3
