@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -69,16 +68,14 @@ def batch_tensors(batch: Batch) -> list[Tensor]:
 
 
 def example_count(batch: Batch) -> int:
-    """B, the first dimension that most tensors of the batch share; in a tie the one met first.
+    """B, the first dimension of the batch's first tensor that has one.
 
     Raises:
         ArgumentError: No tensor of `batch` has a first dimension, or it is empty.
     """
-    found = batch_tensors(batch)
-    counts = Counter(tensor.shape[0] for tensor in found if tensor.ndim > 0)
-    if not counts:
+    size = next((tensor.shape[0] for tensor in batch_tensors(batch) if tensor.ndim > 0), None)
+    if size is None:
         raise ArgumentError("batch", "hold a tensor whose first dimension counts the examples", "only scalars")
-    size = counts.most_common(1)[0][0]
     if size == 0:
         raise ArgumentError("batch", "hold at least one example", "an empty first dimension")
     return size

@@ -34,23 +34,25 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+def gram(rows: Tensor | Sequence[Tensor], weight: Tensor | None = None) -> Tensor:
     """All inner products of some vectors.
 
     Args:
-        rows: The vectors, (n, k).
+        rows: The vectors, (n, k), or n of shape (k,).
         weight: A factor for each coordinate, (k,); None for ones.
 
     Returns:
         ``rows @ diag(weight) @ rows.T``, (n, n), float64.
     """
-    n, k = rows.shape
-    total = torch.zeros(n, n, dtype=torch.float64, device="cpu" if rows.device.type == "mps" else rows.device)
-    step = max(1, _CHUNK // max(n, 1))
-    for start in range(0, k, step):
-        part = wide(rows[:, start : start + step])
+    count, size = len(rows), rows[0].numel()
+    total: Tensor | float = 0.0
+    step = max(1, _CHUNK // count)
+    for start in range(0, size, step):
+        part = torch.stack([wide(row[start : start + step]) for row in rows])
         scaled = part if weight is None else part * weight[start : start + step].to(part.device)
-        total += scaled @ part.T
+        total = scaled @ part.T + total
+    if not isinstance(total, Tensor):
+        return torch.zeros(count, count, dtype=torch.float64)
     return (total + total.T) / 2
 
 
@@ -104,10 +106,9 @@ class Coordinates:
         """The 2-norm that belongs to `dot`."""
         return math.sqrt(self.dot(a, a))
 
-    def gram(self, rows: Sequence[Tensor] | Tensor) -> Tensor:
+    def gram(self, rows: Tensor | Sequence[Tensor]) -> Tensor:
         """All inner products of some vectors, (n, n), float64."""
-        stacked = rows if isinstance(rows, Tensor) else torch.stack(list(rows))
-        return gram(stacked, self.weight)
+        return gram(rows, self.weight)
 
     def squares_by_layer(self, a: Tensor) -> dict[str, float]:
         """The squared norm of a vector, split by layer; the parts add up to ``dot(a, a)``."""

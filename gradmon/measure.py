@@ -52,7 +52,8 @@ def measure(
     Args:
         model: The model, in the mode in which it trains.
         loss: ``loss(model, batch)``: a scalar, or one value per example, (B,).
-        batch: Tensors in any nesting of tuples, lists, mappings and dataclasses, examples along the first dimension.
+        batch: Tensors in any nesting of tuples, lists, mappings and dataclasses, examples along the first dimension;
+            the first tensor says how many there are.
         metrics: Names from `gradmon.METRICS`, or `Metric` objects; None for all but those on demand, and without an
             optimizer all but those that look at its step.
         optimizer: The optimizer whose next step is looked at.

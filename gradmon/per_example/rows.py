@@ -194,5 +194,6 @@ def _source(size: int, inner: int, order: Tensor, like: Tensor) -> Tensor:
 
 def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
     """The relative distance of two tensors; 0 where all is zero."""
+    a, b, scale = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b, scale))
     size, gap = length(scale), length(wide(a) - wide(b))
     return gap if size == 0 else gap / size

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradmon._batches import batch_tensors, replace_tensor
-from gradmon._errors import ArgumentError, Unavailable
+from gradmon._errors import ArgumentError, GradmonError, Unavailable
 from gradmon._objective import Gradient, Objective, dense
 from gradmon._tensors import length, wide
 from gradmon._types import Batch
@@ -138,7 +138,12 @@ def _differentiate(
 ) -> list[Tensor | None]:
     """`torch.autograd.grad` on a graph that is kept, with edges in the place of tensors."""
     grad: Any = torch.autograd.grad  # its types know no mixture of tensors and edges
-    return list(grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True))
+    try:
+        return list(grad(outputs, inputs, seeds, retain_graph=True, allow_unused=True))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Unavailable(f"the backward pass cannot be taken in parts: {error}") from error
 
 
 def _restrict(flow: Tensor, owner: Ownership, example: int | None, examples: int) -> Tensor:
@@ -182,8 +187,14 @@ class PerExample:
                 batch = replace_tensor(batch, entry.position, x)
             if entry is not None and entry.module is not None:
                 stack.callback(entry.module.register_forward_hook(_hook(capture)).remove)
-            with capture:
-                loss = self._objective.evaluate(batch)
+            try:
+                with capture:
+                    loss = self._objective.evaluate(batch)
+            except (GradmonError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                kind = type(error).__name__
+                raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
         return capture, loss
 
     @contextlib.contextmanager

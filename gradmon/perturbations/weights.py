@@ -229,12 +229,12 @@ class Krylov:
             before = length(following)
             for _ in range(2):  # once more: the first time leaves rounding errors of the size of what is left
                 for direction in directions:
-                    following = following - direction * float(torch.dot(direction, following))
+                    following = following - wide(direction) * float(torch.dot(wide(direction), following))
             size = length(following)
             if size <= before * torch.finfo(point.gradient.dtype).eps ** 0.5 or before == 0:
                 return  # the span is invariant: there is nothing new along it
-            directions.append(following / size)
-            change = yield (directions[-1] * radius).to(point.gradient)
+            directions.append((following / size).to(point.gradient))
+            change = yield directions[-1] * radius
             following = wide(change)
 
     def scaled(self, factor: float) -> Krylov:

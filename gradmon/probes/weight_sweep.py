@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._evidence import Curvature, ScaledSweep, WeightSweep
-from gradmon._tensors import gram, largest_quotient, wide, working
-from gradmon.perturbations.weights import Krylov, Perturbations, WeightPoint, WeightSampler
+from gradmon._tensors import gram, largest_quotient, working
+from gradmon.perturbations.weights import Krylov, WeightPoint, WeightSampler
 from gradmon.probes.scene import Scene
 
 
 def weight_sweep(scene: Scene) -> WeightSweep:
     """The gradient along the sampler's perturbations: one forward and backward pass for each."""
-    return _sweep(scene, scene.weight_sampler)[0]
+    return _sweep(scene, scene.weight_sampler).evidence
 
 
 def scaled_sweep(scene: Scene) -> ScaledSweep:
     """The same perturbations once more at a tenth of their length."""
-    return ScaledSweep(weight_sweep(scene), _sweep(scene, scene.weight_sampler.scaled(0.1))[0])
+    return ScaledSweep(weight_sweep(scene), _sweep(scene, scene.weight_sampler.scaled(0.1)).evidence)
 
 
 def curvature(scene: Scene) -> Curvature:
@@ -31,16 +31,14 @@ def curvature(scene: Scene) -> Curvature:
         Unavailable: The gradient or the weights are zero.
     """
     sampler = scene.weight_sampler if isinstance(scene.weight_sampler, Krylov) else Krylov()
-    sweep, directions, products = _sweep(scene, sampler)
-    # All of w is in the two lists, so that the eigenvalues are those of the Hessian and not a mask's estimate.
-    count = len(directions)
-    both = gram(torch.stack([*directions, *products]))
-    first = scene.optimizer.param_groups if scene.optimizer is not None else []
-    rates = {float(group["lr"]) for group in first if "lr" in group}
-    plain = isinstance(scene.optimizer, torch.optim.SGD) and not any(group["maximize"] for group in first)
+    sweep, products = _sweep(scene, sampler)[:2]
+    count = len(sweep.scales)
+    groups = scene.optimizer.param_groups if scene.optimizer is not None else []
+    rates = {float(group["lr"]) for group in groups if "lr" in group}
+    plain = isinstance(scene.optimizer, torch.optim.SGD) and not any(group["maximize"] for group in groups)
     return Curvature(
-        projected=(both[:count, count:] + both[:count, count:].T) / 2,
-        products=both[:count, :count],
+        projected=(products[:count, count:] + products[count:, :count]) / 2,
+        products=products[:count, :count],
         scale=None if sweep.exact else max(sweep.scales),
         resolution=sweep.epsilon if sweep.exact else sweep.epsilon / min(sweep.scales),
         learning_rate=rates.pop() if plain and len(rates) == 1 else None,
@@ -48,16 +46,30 @@ def curvature(scene: Scene) -> Curvature:
     )
 
 
-def _sweep(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor], list[Tensor]]:
-    # The sampler is part of what is kept, so that its identity stays its own.
-    return scene.once(("sweep", id(sampler)), lambda: (*_run(scene, sampler), sampler))[:3]
+class _Sweep(NamedTuple):
+    """A sweep, and for perturbations taken together their inner products over all of w.
+
+    Attributes:
+        evidence: What the metrics see.
+        products: Of ``omega_1..omega_n, H omega_1..H omega_n``, (2n, 2n), float64; empty for others.
+        sampler: The sampler, kept so that its identity stays its own.
+    """
+
+    evidence: WeightSweep
+    products: Tensor
+    sampler: WeightSampler
 
 
-def _run(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor], list[Tensor]]:
+def _sweep(scene: Scene, sampler: WeightSampler) -> _Sweep:
+    return scene.once(("sweep", id(sampler)), lambda: _run(scene, sampler))
+
+
+def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
     objective, weights = scene.objective, scene.objective.weights
     exact = scene.derivative == "exact"
     base = objective.base
     start = working(weights.flatten(scene.gradient.parts))
+    origin = working(weights.flatten(base))
     point = WeightPoint(
         weights=[part.reshape(-1) for part in base],
         gradient=start,
@@ -65,14 +77,12 @@ def _run(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor
         examples=objective.examples,
         generator=scene.generator(),
     )
-    size = weights.full.norm(weights.flatten(base))
+    size = weights.full.norm(origin)
     perturbations: list[Tensor] = []
     gradients: list[Tensor] = []
     differences: list[Tensor] = []
-    directions: list[Tensor] = []
-    products: list[Tensor] = []
     scales: list[float] = []
-    lengths: list[float] = []
+    whole: tuple[list[Tensor], list[Tensor]] = ([], [])
     draws = sampler.draw(point)
     omega = next(draws, None)
     while omega is not None:
@@ -84,29 +94,32 @@ def _run(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor
             gradient = start + change
         else:
             moved = [value + part for value, part in zip(base, parts, strict=True)]
-            taken = working(weights.flatten(moved)) - working(weights.flatten(base))
+            taken = working(weights.flatten(moved)) - origin
             gradient = working(weights.flatten(objective.gradient(moved).parts))
             change = gradient - start
         if not bool(torch.isfinite(change).all()):
             raise Unavailable("non-finite gradient at perturbed weights")
-        length = weights.full.norm(taken)
-        if length == 0:
-            omega = _next(draws, change)
-            continue
-        scales.append(length / size if size > 0 else float("inf"))
-        perturbations.append(weights.pick_flat(taken))
-        gradients.append(weights.pick_flat(gradient))
-        differences.append(weights.pick_flat(change))
-        if sampler.span:
-            lengths.append(length)
-            directions.append(wide(taken) / length)
-            products.append(wide(change) / length)
-        omega = _next(draws, change)
+        radius = weights.full.norm(taken)
+        if radius > 0:
+            scales.append(radius / size if size > 0 else float("inf"))
+            perturbations.append(weights.pick_flat(taken))
+            gradients.append(weights.pick_flat(gradient))
+            differences.append(weights.pick_flat(change))
+            if sampler.span:
+                whole[0].append(taken)
+                whole[1].append(change)
+        try:
+            omega = draws.send(change)
+        except StopIteration:
+            omega = None
     if not perturbations:
         raise Unavailable("zero perturbation")
-    sweep = WeightSweep(
+    # On all of w: among a mask's few coordinates the largest quotient would be one of chance.
+    count, products = len(perturbations), gram([*whole[0], *whole[1]]) if sampler.span else start.new_empty(0)
+    best = largest_quotient(products[count:, count:], products[:count, :count])[1] if sampler.span else None
+    evidence = WeightSweep(
         coordinates=weights.coordinates,
-        weights=weights.pick(base),
+        weights=weights.pick_flat(origin),
         gradient=weights.pick_flat(start),
         perturbations=torch.stack(perturbations),
         gradients=torch.stack(gradients),
@@ -114,14 +127,9 @@ def _run(scene: Scene, sampler: WeightSampler) -> tuple[WeightSweep, list[Tensor
         scales=tuple(scales),
         epsilon=weights.epsilon,
         exact=exact,
-        combination=None,
+        combination=best,
     )
-    if sampler.span:
-        # On all of w: among a mask's few coordinates the largest quotient would be one of chance.
-        count, all_of_w = len(directions), gram(torch.stack([*directions, *products]))
-        best = largest_quotient(all_of_w[count:, count:], all_of_w[:count, :count])[1]
-        sweep = dataclasses.replace(sweep, combination=best / torch.tensor(lengths, dtype=best.dtype).to(best.device))
-    return sweep, directions, products
+    return _Sweep(evidence, products, sampler)
 
 
 def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
@@ -140,13 +148,6 @@ def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
     )
     if abs(there - back) > 10 * weights.epsilon**0.5 * size:
         raise Unavailable("no exact product: the second derivative of some function of the model is wrong")
-
-
-def _next(draws: Perturbations, change: Tensor) -> Tensor | None:
-    try:
-        return draws.send(change)
-    except StopIteration:
-        return None
 
 
 def _example(scene: Scene, example: int) -> Tensor:

@@ -1,0 +1,148 @@
+"""What one probe costs, in plain training steps of the same model; writes docs/benchmarks.md.
+
+One thread, process CPU time, the plain step and the probe interleaved in one process, medians. Usage:
+
+    python benchmarks/overhead.py [--repeats 5] [--write]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from gradmon import METRICS, Monitor, every
+from gradmon.perturbations.inputs import Ascent
+
+Batch = tuple[Tensor, Tensor]
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def mlp() -> tuple[nn.Module, Batch]:
+    """784-512-512-512-10, 0.93 M weights, B = 128."""
+    sizes = [784, 512, 512, 512, 10]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]), (torch.randn(128, 784), torch.randint(10, (128,)))
+
+
+def conv() -> tuple[nn.Module, Batch]:
+    """Four convolutions with GroupNorm on 3 x 32 x 32, 0.24 M weights, B = 64."""
+    layers: list[nn.Module] = []
+    for inner, outer, stride in ((3, 32, 1), (32, 64, 2), (64, 128, 2), (128, 128, 1)):
+        layers += [nn.Conv2d(inner, outer, 3, stride, 1), nn.GroupNorm(8, outer), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    return model, (torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
+
+
+class Transformer(nn.Module):
+    """Four layers of width 256 over 128 tokens of 1000 words, 3.7 M weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(1000, 256)
+        layer = nn.TransformerEncoderLayer(256, 4, 1024, dropout=0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4)
+        self.head = nn.Linear(256, 1000)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, T) -> (B, 1000, T)."""
+        return self.head(self.layers(self.embedding(tokens))).transpose(1, 2)
+
+
+def transformer() -> tuple[nn.Module, Batch]:
+    """The transformer, B = 16."""
+    return Transformer(), (torch.randint(1000, (16, 128)), torch.randint(1000, (16, 128)))
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Process CPU seconds."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def compare(model: nn.Module, batch: Batch, repeats: int) -> dict[str, tuple[float, float]]:
+    """Median seconds of each kind of work, and its ratio to a plain step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def plain() -> None:
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+
+    def probe(metrics: str | list[str], **options: object) -> Callable[[], None]:
+        monitor = Monitor(model, optimizer, loss, metrics=metrics, schedule=every(1), **options)  # type: ignore[arg-type]
+
+        def work() -> None:
+            plain()
+            monitor.step(batch)
+
+        return work
+
+    idle = Monitor(model, optimizer, loss, schedule=every(10**9))
+    passive = Monitor(model, optimizer, schedule=every(1))
+    works: dict[str, Callable[[], object]] = {
+        "plain step": plain,
+        "step, monitor not scheduled": lambda: (plain(), idle.step(batch)),
+        "step and probe, passive": lambda: (plain(), passive.step(batch)),
+        "step and probe, step-consistency and sources": probe(
+            [m.name for m in METRICS.values() if m.group in ("step-consistency", "health") and not m.on_demand]
+            + ["step_ratio", "step_share", "batch_share"]
+        ),
+        "step and probe, default": probe("default"),
+        "step and probe, input_condition of 8 examples": probe(["input_condition"], inputs=Ascent(examples=8)),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for work in works.values():
+        work()
+    for _ in range(repeats):
+        for name, work in works.items():
+            seconds[name].append(timed(work))
+    base = statistics.median(seconds["plain step"])
+    return {name: (statistics.median(found), statistics.median(found) / base) for name, found in seconds.items()}
+
+
+def main() -> None:
+    """Print the table; with --write, also write it to docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    lines = [
+        "# Benchmarks",
+        "",
+        "What one probe costs: `python benchmarks/overhead.py --write`. Milliseconds of process CPU time on one thread,",
+        "and in brackets the ratio to a plain training step; medians, interleaved in one process.",
+        f"Python {platform.python_version()}, torch {torch.__version__}, gradmon with `mask=0.05`, {platform.machine()}.",
+        "",
+    ]
+    tables = {
+        make.__name__: (make.__doc__ or "", compare(*make(), options.repeats)) for make in (mlp, conv, transformer)
+    }
+    lines += ["| | " + " | ".join(f"{name}: {text.rstrip('.')}" for name, (text, _) in tables.items()) + " |"]
+    lines += ["|---" * (len(tables) + 1) + "|"]
+    for work in next(iter(tables.values()))[1]:
+        cells = [f"{1e3 * table[work][0]:.1f} ({table[work][1]:.2f})" for _, table in tables.values()]
+        lines.append(f"| {work} | " + " | ".join(cells) + " |")
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if options.write:
+        (Path(__file__).parent.parent / "docs" / "benchmarks.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
