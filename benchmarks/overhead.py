@@ -125,9 +125,9 @@ def main() -> None:
     lines = [
         "# Benchmarks",
         "",
-        "What one probe costs: `python benchmarks/overhead.py --write`. Milliseconds of process CPU time on one thread,",
-        "and in brackets the ratio to a plain training step; medians, interleaved in one process.",
-        f"Python {platform.python_version()}, torch {torch.__version__}, gradmon with `mask=0.05`, {platform.machine()}.",
+        "What one probe costs: `python benchmarks/overhead.py --write`. Milliseconds of process CPU time, one thread,",
+        "and in brackets the ratio to a plain training step; medians, interleaved in one process. `mask=0.05`,",
+        f"Python {platform.python_version()}, torch {torch.__version__}, {platform.machine()}.",
         "",
     ]
     tables = {

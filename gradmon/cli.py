@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gradmon._errors import GradmonError
+from gradmon._errors import GradmonError, PluginError
 from gradmon._plugins import entry_points_named, load
 from gradmon.metrics import METRICS
 
@@ -47,9 +47,14 @@ _METRICS = Command("metrics", "list every metric with its meaning and source", _
 
 
 def commands() -> list[Command]:
-    """Every command that can be run here, by name."""
-    found = {name: load("gradmon.commands", name) for name in entry_points_named("gradmon.commands")}
-    return [command for _, command in sorted({**found, _METRICS.name: _METRICS}.items())]
+    """Every command that can be run here, by name; one that cannot be imported is named on standard error."""
+    found = {_METRICS.name: _METRICS}
+    for name in entry_points_named("gradmon.commands"):
+        try:
+            found[name] = load("gradmon.commands", name)
+        except PluginError as error:
+            print(f"gradmon: {error}", file=sys.stderr)
+    return [found[name] for name in sorted(found)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
