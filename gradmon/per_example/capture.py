@@ -8,7 +8,7 @@ functional parameters need no special care.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,33 @@ _ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__", "stack"
 _EMBEDDINGS: tuple[Callable[..., Any], ...] = (functional.embedding, functional.embedding_bag)
 
 
+@dataclass(frozen=True)
+class Call:
+    """A call that can be made again on other tensors.
+
+    Attributes:
+        func: The function.
+        args: Its arguments, with the aliases in the place of the parameters.
+        kwargs: Its keyword arguments, likewise.
+        activations: The tensors among them that are not made of parameters alone.
+        versions: Their versions; one that has changed since was overwritten.
+        places: Which of the results are the use's outputs.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    activations: list[Tensor]
+    versions: list[int]
+    places: list[int]
+
+    def again(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs with some tensors, by identity, replaced."""
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda tensor: replaced.get(id(tensor), tensor))
+        results = list(tensors(self.func(*args, **kwargs)))
+        return tuple(results[place] for place in self.places)
+
+
 @dataclass
 class Use:
     """One call that consumes parameters.
@@ -36,7 +63,8 @@ class Use:
         name: The called function.
         sources: What it consumed: the alias it was given, and the parameter, or tensor made of parameters, behind it.
         outputs: The gradient edges of its outputs.
-        values: The outputs themselves, detached; as they were when the call returned.
+        values: The outputs themselves, detached, as they were when the call returned; then, likewise, the activations.
+        call: How to make the call again; None where it overwrites what it is given.
         origins: The positions in the batch of the tensors that went into it.
     """
 
@@ -44,6 +72,7 @@ class Use:
     sources: list[tuple[Tensor | GradientEdge, Tensor | GradientEdge]]
     outputs: list[GradientEdge]
     values: list[Tensor]
+    call: Call | None = None
     origins: frozenset[int] = frozenset()
 
     @property
@@ -137,7 +166,7 @@ class Capture(TorchFunctionMode):
         aliases: dict[int, Tensor] = {}
         sources: list[tuple[Tensor | GradientEdge, Tensor | GradientEdge]] = []
         for tensor in made:
-            if tensor is args[0] and _in_place(name):
+            if args and tensor is args[0] and _in_place(name):
                 # What is overwritten cannot be aliased: a multiplication by one gives it a node of its own instead.
                 behind = get_gradient_edge(tensor)
                 tensor.mul_(1)
@@ -146,12 +175,20 @@ class Capture(TorchFunctionMode):
                 aliases[id(tensor)] = tensor.view_as(tensor)
                 sources.append((aliases[id(tensor)], tensor))
         args, kwargs = map_tensors((args, kwargs), lambda tensor: aliases.get(id(tensor), tensor))
+        others = {id(tensor): tensor for tensor in tensors((args, kwargs))}
+        passive = {id(alias) for alias in aliases.values()}
+        activations = [tensor for key, tensor in others.items() if key not in passive]
+        versions = [tensor._version for tensor in activations]
+        seen = [tensor.detach().clone() if self.keep else tensor.detach() for tensor in activations]
         result = func(*args, **kwargs)
         results = _results(name, args, result)
-        outputs = [tensor for tensor in results if tensor.requires_grad]
-        if outputs:
+        places = [place for place, tensor in enumerate(results) if tensor.requires_grad]
+        if places:
+            outputs = [results[place] for place in places]
             values = [tensor.detach().clone() if self.keep else tensor.detach() for tensor in outputs]
-            self.uses.append(Use(name, sources, [get_gradient_edge(t) for t in outputs], values, origins))
+            call = None if _in_place(name) else Call(func, args, kwargs, activations, versions, places)
+            edges = [get_gradient_edge(tensor) for tensor in outputs]
+            self.uses.append(Use(name, sources, edges, [*values, *seen], call, origins))
         self._note(results, origins, active=True, made=False)
         return result
 
@@ -175,7 +212,7 @@ class Capture(TorchFunctionMode):
         if self.delta is not None:
             x = x + self.delta
         self._made_of_batch[id(x)] = (x, origins)
-        self.x = Use("x", [], [get_gradient_edge(x)], [x.detach().clone()], origins)
+        self.x = Use("x", [], [get_gradient_edge(x)], [x.detach().clone()], None, origins)
         return x
 
 

@@ -85,7 +85,7 @@ class Still(TorchDispatchMode):
 def find_owners(
     run: Callable[[Batch], Capture], batch: Batch, examples: int
 ) -> tuple[list[Use], list[list[Ownership]]]:
-    """The owners of the rows of every use's output, with x as a last use where it was asked for.
+    """The owners of the rows of every use's outputs and activations, with x as a last use where it was asked for.
 
     Args:
         run: A forward pass on a batch, under a `Capture` that keeps its values.
@@ -93,7 +93,7 @@ def find_owners(
         examples: The number of its examples, B.
 
     Returns:
-        The uses of the batch's own pass, and for each use the ownership of each of its outputs.
+        The uses of the batch's own pass, and for each use the ownership of each of its values.
 
     Raises:
         Unavailable: The forward pass does not repeat itself.
@@ -111,8 +111,8 @@ def find_owners(
         shapes = [None] * len(use.values) if wider is None else [value.shape for value in wider[position].values]
         found.append(
             [
-                _owner(use, value, twin, shape, order)
-                for value, twin, shape in zip(use.values, other.values, shapes, strict=True)
+                _owner(use.name, use.additive or place >= len(use.outputs), value, twin, shape, order)
+                for place, (value, twin, shape) in enumerate(zip(use.values, other.values, shapes, strict=True))
             ]
         )
     return uses, found
@@ -144,7 +144,9 @@ def _derangement(n: int) -> Tensor:
             return order
 
 
-def _owner(use: Use, value: Tensor, moved: Tensor, wider: torch.Size | None, order: Tensor) -> Ownership:
+def _owner(
+    name: str, may_spread: bool, value: Tensor, moved: Tensor, wider: torch.Size | None, order: Tensor
+) -> Ownership:
     examples = len(order)
     sizes = value.shape
     if wider is None:
@@ -152,14 +154,14 @@ def _owner(use: Use, value: Tensor, moved: Tensor, wider: torch.Size | None, ord
     else:
         dims = [dim for dim, size in enumerate(sizes) if size != wider[dim]]
     if not dims:
-        if use.additive:
+        if may_spread:
             return Spread()
-        return Unknown(f"`{use.name}` uses a parameter where the examples are no longer apart")
+        return Unknown(f"`{name}` uses a parameter where the examples are no longer apart")
     if wider is not None and any(sizes[d] % examples or wider[d] * examples != sizes[d] * (examples + 1) for d in dims):
-        return Unknown(f"the output of `{use.name}` has no fixed number of rows per example")
+        return Unknown(f"the output of `{name}` has no fixed number of rows per example")
     if wider is not None and len(dims) > 1:
         if any(sizes[dim] != examples for dim in dims):
-            return Unknown(f"the output of `{use.name}` has the examples along several dimensions")
+            return Unknown(f"the output of `{name}` has the examples along several dimensions")
         expected = value
         for dim in dims:
             expected = expected.index_select(dim, order.to(value.device))
@@ -172,11 +174,11 @@ def _owner(use: Use, value: Tensor, moved: Tensor, wider: torch.Size | None, ord
         ]
     candidates.sort()
     best, dim, inner = candidates[0]
-    tolerance = torch.finfo(value.dtype).eps ** 0.375
-    if not best <= tolerance:
-        return Unknown(f"the rows of the output of `{use.name}` do not follow the order of the examples")
-    if len(candidates) > 1 and candidates[1][0] <= 4 * (best + torch.finfo(value.dtype).eps):
-        return Unknown(f"the rows of the output of `{use.name}` look alike, so that their examples cannot be told")
+    epsilon = torch.finfo(value.dtype).eps if value.is_floating_point() or value.is_complex() else 0.0
+    if not best <= epsilon**0.375:
+        return Unknown(f"the rows of the output of `{name}` do not follow the order of the examples")
+    if len(candidates) > 1 and candidates[1][0] <= 4 * (best + epsilon):
+        return Unknown(f"the rows of the output of `{name}` look alike, so that their examples cannot be told")
     index = torch.arange(sizes[dim], device=value.device)
     return Rows(dim, index // inner % examples)
 

@@ -18,15 +18,15 @@ def per_example(scene: Scene) -> PerExampleGradients:
     """
     weights = scene.objective.weights
     with scene.shares.run() as taken:
-        rows = taken.rows()
+        rows = wide(taken.rows())
     if not bool(torch.isfinite(rows).all()):
         raise Unavailable("non-finite gradient")
-    nan = torch.full((rows.shape[1],), float("nan"), dtype=torch.float64)
+    means = rows.mean(0)
     return PerExampleGradients(
         gram=weights.coordinates.gram(rows),
-        means=wide(rows).mean(0),
-        variances=wide(rows).var(0, correction=1) if len(rows) > 1 else nan,
-        seen=(rows != 0).any(0),
+        means=means,
+        variances=(rows - means).square_().sum(0) / (len(rows) - 1),  # 0 / 0 for a batch of one
+        seen=rows.any(0),
         total=weights.total,
         micro_batches=scene.micro_batches,
         epsilon=weights.epsilon,
