@@ -216,7 +216,7 @@ def test_masked_readings_scatter_around_the_full_one(name):
     full = measured(problem, metrics=name, lr=0.1)[name].value
     found = [measured(problem, metrics=name, lr=0.1, mask=0.5, seed=seed)[name].value for seed in range(40)]
     assert np.std(found) > 0
-    assert np.mean(found) == pytest.approx(full, rel=0.05)
+    assert np.mean(found) == pytest.approx(full, rel=0.1)
 
 
 # --- rounding ------------------------------------------------------------------------------------------------------
@@ -273,4 +273,5 @@ def test_half_precision_models_give_no_number_or_a_good_one(case, derivative):
             if math.isnan(reading.value):
                 assert reading.reason, name
             else:
-                np.testing.assert_allclose(reading.value, true[name].value, rtol=0.1, atol=1e-3, err_msg=name)
+                near = 0.05 if name in RANGES else 1e-3  # what lies between fixed ends may be off by a part of them
+                np.testing.assert_allclose(reading.value, true[name].value, rtol=0.1, atol=near, err_msg=name)

@@ -1,0 +1,1 @@
+"""The command `gradmon demo`: two runs side by side, one of them in trouble."""

@@ -1,0 +1,75 @@
+"""Is a number good or bad? What the alert rules say, for the colours and for the verdict; and how a number is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cache
+from typing import Literal, NamedTuple
+
+from gradmon._reading import Alert
+from gradmon.alerts import Above, Below, default_rules
+
+State = Literal["firing", "beyond", "fine", "free", "missing"]
+"""An alert is active; past a limit, but not for long enough; within the limits; without limits; no number."""
+
+
+class Limit(NamedTuple):
+    """The limit of one alert rule.
+
+    Attributes:
+        rule: The alert's name.
+        above: Whether what is above is bad, rather than what is below.
+        value: The limit.
+    """
+
+    rule: str
+    above: bool
+    value: float
+
+    def passed_by(self, value: float) -> bool:
+        """Whether a number is on the bad side."""
+        return value > self.value if self.above else value < self.value
+
+    def __str__(self) -> str:
+        return f"{'>' if self.above else '<'} {number(self.value)}"
+
+
+@cache
+def limits(metric: str) -> tuple[Limit, ...]:
+    """The limits that the default alert rules set to a metric."""
+    return tuple(
+        Limit(rule.name, isinstance(rule, Above), rule.limit)
+        for rule in default_rules()
+        if isinstance(rule, (Above, Below)) and rule.metric == metric
+    )
+
+
+@cache
+def metric_of(rule: str) -> str | None:
+    """The metric that a default alert rule looks at; None if it looks at all of them, or is not known."""
+    found = [str(getattr(known, "metric", "")) for known in default_rules() if known.name == rule]
+    return found[0] or None if found else None
+
+
+def state_of(metric: str, value: float | None, active: Iterable[Alert]) -> State:
+    """What the alert rules think of a metric now."""
+    if any(metric_of(alert.rule) == metric for alert in active):
+        return "firing"
+    if value is None or math.isnan(value):
+        return "missing"
+    if any(limit.passed_by(value) for limit in limits(metric)):
+        return "beyond"
+    return "fine" if limits(metric) else "free"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and an exponent only where zeros would have to be counted."""
+    if math.isnan(value) or math.isinf(value):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e3:
+        return f"{value:.3g}"
+    if 1e3 <= abs(value) < 99999.5:
+        return f"{value:.0f}"
+    digits, exponent = f"{value:.1e}".split("e")
+    return f"{digits}e{int(exponent)}"

@@ -1,0 +1,79 @@
+"""The table of all metrics: one row each, one column a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gradmon.measure import known_metrics
+from gradmon_integrations.demo.history import History
+from gradmon_integrations.demo.runs import Run
+from gradmon_integrations.demo.sparkline import ASCII, BLOCKS, sparkline
+from gradmon_integrations.demo.states import State, limits, number, state_of
+
+_STYLES: dict[State, str] = {"firing": "bold red", "beyond": "yellow", "fine": "green", "free": "", "missing": "dim"}
+# Beside the colours, for those who do not see them, and for terminals without.
+_MARKS: dict[State, str] = {"firing": "!", "beyond": "~"}
+_NUMBER, _TREND, _REASON = 8, 14, 22
+
+
+def metrics_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: int | None, ascii_only: bool) -> Table:
+    """The newest number and the course of each metric.
+
+    Args:
+        runs: The runs.
+        metrics: The metrics.
+        rows: How many rows there is room for; None for all. Metrics without an alert rule are left out first.
+        ascii_only: Whether the terminal has no block characters.
+
+    Returns:
+        The table, one section for each group of metrics.
+    """
+    known = known_metrics()
+    kept = _kept(metrics, rows)
+    groups: dict[str, list[str]] = {}
+    for name in kept:
+        groups.setdefault(known[name].group, []).append(name)
+    titled = rows is None or len(kept) == len(metrics)
+    table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("better", style="dim", width=6)
+    table.add_column("metric", no_wrap=True, min_width=21)
+    table.add_column("alert if", style="dim", no_wrap=True, min_width=8)
+    for run in runs:
+        table.add_column(run.name, no_wrap=True, width=_NUMBER + _TREND + 4)
+    for group, names in groups.items():
+        if titled:
+            table.add_row("", Text(group, style="bold"))
+        for name in names:
+            better = {"low": "low", "high": "high", "middle": "middle"}.get(known[name].better, "")
+            limit = ", ".join(map(str, limits(name)[:1]))
+            cells = [_cell(run.history, name, ascii_only) for run in runs]
+            table.add_row(better, f"  {name}" if titled else name, limit, *cells)
+    if len(kept) < len(metrics):
+        table.caption = f"and {len(metrics) - len(kept)} more, for which this terminal is too low"
+    return table
+
+
+def _cell(history: History, name: str, ascii_only: bool) -> Text:
+    reading = history.newest(name)
+    if reading is None:
+        return Text("")
+    state = state_of(name, reading.value, history.active)
+    mark = _MARKS.get(state, " ")
+    if state == "missing":
+        return Text(f"{mark}{'-':>{_NUMBER}}  {(reading.reason or '')[:_REASON]}", style=_STYLES[state])
+    course = sparkline([old.value for old in history.series[name][-_TREND:]], _TREND, ASCII if ascii_only else BLOCKS)
+    cell = Text(f"{mark}{number(reading.value):>{_NUMBER}}", style=_STYLES[state])
+    return cell.append(f"  {course}", style="not bold")
+
+
+def _kept(metrics: Sequence[str], rows: int | None) -> list[str]:
+    groups = {known_metrics()[name].group for name in metrics}
+    if rows is None or len(metrics) + len(groups) <= rows:
+        return list(metrics)
+    ranked = sorted(metrics, key=lambda name: (name != "loss", not limits(name)))
+    kept = set(ranked[: max(1, rows - 1)])
+    return [name for name in metrics if name in kept]
