@@ -55,15 +55,15 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(tree, field.name))
 
 
-def batch_tensors(batch: Batch) -> list[Tensor]:
+def batch_tensors(batch: Batch, name: str = "batch") -> list[Tensor]:
     """The tensors of a batch.
 
     Raises:
-        ArgumentError: `batch` holds no tensor.
+        ArgumentError: The argument of this name holds no tensor.
     """
     found = list(tensors(batch))
     if not found:
-        raise ArgumentError("batch", "hold at least one tensor", type(batch).__name__)
+        raise ArgumentError(name, "hold at least one tensor", type(batch).__name__)
     return found
 
 

@@ -148,7 +148,14 @@ class Objective:
         parameters = self.weights.parameters
         if not isinstance(value, Tensor) or not value.requires_grad:
             return [None] * len(parameters)
-        return list(torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True))
+        try:
+            return list(torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True))
+        except RuntimeError as error:
+            if "checkpoint" not in str(error):
+                raise
+            raise Unavailable(
+                "reentrant checkpointing knows no torch.autograd.grad: set use_reentrant=False"
+            ) from error
 
 
 def dense(part: Tensor | None, parameter: Tensor) -> Tensor:

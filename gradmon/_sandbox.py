@@ -59,7 +59,7 @@ class ModuleState:
             for value in attributes.values():
                 if type(value) in (list, dict, set):
                     self._containers.append((value, copy.copy(value)))
-            for value in [*attributes.values(), *attributes["_buffers"].values()]:
+            for value in [*attributes.values(), *module.buffers(recurse=False)]:
                 if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.grad_fn is None:
                     tensors[id(value)] = (value, value.detach().clone())
         self._tensors = list(tensors.values())

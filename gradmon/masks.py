@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import zlib
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -37,8 +37,7 @@ class Mask:
     def __init__(self, fraction: float, seed: int = 0) -> None:
         if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("mask", "be in (0, 1]", fraction)
-        if isinstance(seed, bool) or not isinstance(seed, int):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("seed", "be an integer", seed)
+        check_seed(seed)
         self.fraction = float(fraction)
         self.seed = seed
         self._picks: dict[str, Tensor] = {}
@@ -60,7 +59,9 @@ class Mask:
         for name, parameter in trainable(model).items():
             numel = parameter.numel()
             if name not in self._picks:
-                generator = torch.Generator().manual_seed((self.seed << 32) ^ zlib.crc32(name.encode()))
+                # A generator on the CPU takes 32 bits, so that seed and name have to be mixed into these.
+                digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
                 self._picks[name] = torch.randperm(numel, generator=generator)[: self.count(numel)].sort().values
             pick = self._picks[name]
             if pick.numel() != self.count(numel) or (pick.numel() and int(pick[-1]) >= numel):
@@ -85,6 +86,16 @@ class Mask:
         """Become the mask that was saved."""
         self.fraction, self.seed = float(state["fraction"]), int(state["seed"])
         self._picks = {name: torch.tensor(pick, dtype=torch.int64) for name, pick in state["picks"].items()}
+
+
+def check_seed(seed: object) -> None:
+    """Accept an integer.
+
+    Raises:
+        ArgumentError: `seed` is something else.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ArgumentError("seed", "be an integer", seed)
 
 
 def as_mask(mask: Mask | float | None, seed: int) -> Mask | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradmon._batches import batch_tensors
 from gradmon._errors import ArgumentError, Unavailable
 from gradmon._evidence import Step, StepPair
 from gradmon._objective import Objective
@@ -18,7 +19,7 @@ from gradmon._plugins import entry_points_named, load
 from gradmon._reading import Reading
 from gradmon._tensors import gram
 from gradmon._types import Batch, Derivative, Loss, Reduction
-from gradmon.masks import Mask, as_mask
+from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.metrics import METRICS, Metric, Value
 from gradmon.per_example import PerExample
 from gradmon.perturbations.inputs import Ascent, InputSampler
@@ -84,6 +85,9 @@ def measure(
         ['grad_norm', 'noise_scale']
     """
     check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
+    check_seed(seed)
+    if next_batch is not None:
+        batch_tensors(next_batch, "next_batch")
     chosen = choose_metrics(metrics, optimizer)
     chosen_mask = as_mask(mask, seed)
     layout = Weights(model, None if chosen_mask is None else chosen_mask.picks(model))
@@ -152,6 +156,8 @@ def choose_metrics(
             for metric in METRICS.values()
             if not metric.on_demand and (costly or not metric.costly) and (optimizer is not None or not _steps(metric))
         ]
+    if not isinstance(metrics, (str, Metric, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError("metrics", "be names or Metric objects", repr(metrics))
     known = known_metrics()
     chosen: list[Metric] = []
     for wanted in [metrics] if isinstance(metrics, (str, Metric)) else metrics:
@@ -176,10 +182,12 @@ def check_options(
     Raises:
         ArgumentError: One of them is not what it must be.
     """
-    if weights is not None and not (hasattr(weights, "draw") and hasattr(weights, "span")):
-        raise ArgumentError("weights", "be a sampler of gradmon.perturbations.weights", type(weights).__name__)
-    if inputs is not None and not (hasattr(inputs, "draw") and hasattr(inputs, "examples")):
-        raise ArgumentError("inputs", "be a sampler of gradmon.perturbations.inputs", type(inputs).__name__)
+    for name, sampler, field in (("weights", weights, "span"), ("inputs", inputs, "examples")):
+        # A class has what its objects have.
+        if sampler is not None and (
+            isinstance(sampler, type) or not hasattr(sampler, "draw") or not hasattr(sampler, field)
+        ):
+            raise ArgumentError(name, f"be a sampler of gradmon.perturbations.{name}", type(sampler).__name__)
     if derivative not in ("finite", "exact"):
         raise ArgumentError("derivative", 'be "finite" or "exact"', repr(derivative))
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 2:

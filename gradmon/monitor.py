@@ -23,7 +23,7 @@ from gradmon._reading import Alert, Reading
 from gradmon._sandbox import RandomState
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule, default_rules
-from gradmon.masks import Mask, as_mask
+from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.measure import check_options, choose_metrics, readings_from
 from gradmon.metrics import Metric
 from gradmon.perturbations.inputs import Ascent, InputSampler
@@ -144,6 +144,7 @@ class Monitor:
         if self._closed:
             return
         check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
+        check_seed(seed)
         if optimizer is not None:
             check_trains(optimizer, trainable(model).values())
         if loss is not None and not callable(loss):

@@ -115,14 +115,14 @@ def check_metric(metric: object) -> None:
         raise ArgumentError("metric", "be the name of a metric", repr(metric))
 
 
-def check_limit(limit: object) -> None:
+def check_limit(name: str, limit: object) -> None:
     """Accept a number.
 
     Raises:
         ArgumentError: It is something else.
     """
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit):
-        raise ArgumentError("limit", "be a number", limit)
+        raise ArgumentError(name, "be a number", limit)
 
 
 def speaks_of(reading: Reading, metric: str) -> bool:

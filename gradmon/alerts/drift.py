@@ -55,7 +55,7 @@ class Drift(Switching):
     ) -> None:
         check_metric(metric)
         for argument, value in (("deviations", deviations), ("floor", floor)):
-            check_limit(value)
+            check_limit(argument, value)
             if value < 0 or (argument == "deviations" and value == 0):
                 raise ArgumentError(argument, "be a positive number" if argument != "floor" else "be at least 0", value)
         check_count("window", window, 3)

@@ -41,7 +41,7 @@ class Above(Switching):
         clear_after: int = 1,
     ) -> None:
         check_metric(metric)
-        check_limit(limit)
+        check_limit("limit", limit)
         super().__init__(f"{metric}_high" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.limit = metric, limit
 
@@ -81,7 +81,7 @@ class Below(Switching):
         clear_after: int = 1,
     ) -> None:
         check_metric(metric)
-        check_limit(limit)
+        check_limit("limit", limit)
         super().__init__(f"{metric}_low" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.limit = metric, limit
 

@@ -7,7 +7,7 @@ import torch
 from gradmon._errors import Unavailable
 from gradmon._evidence import InputSweep
 from gradmon.metrics._metric import Value
-from gradmon.metrics.weight_sweep import WORST_RESOLUTION
+from gradmon.metrics._resolution import resolution, trusted
 
 
 def input_condition(sweep: InputSweep) -> Value:
@@ -36,13 +36,10 @@ def input_condition(sweep: InputSweep) -> Value:
     chosen = place[usable, None]
     length, change = lengths[usable].gather(1, chosen)[:, 0], changes[usable].gather(1, chosen)[:, 0]
     scales = length / inputs[usable]
-    value = float(values.mean())
-    scale = float(scales.median())
-    if value == 0:
-        return Value(0.0, scale, sweep.epsilon)
+    value, scale = float(values.mean()), float(scales.median())
+    seen = zip(sizes[usable], change, scales, strict=True)
+    errors = [resolution(sweep.epsilon, float(a), float(b), float(c)) for a, b, c in seen]
     # The mean of the relative errors, each weighted by its part of the value.
-    errors = sweep.epsilon * (values / scales + torch.where(change > 0, sizes[usable] / change * values, values * 0))
-    resolution = float(errors.sum() / values.sum())
-    if resolution > WORST_RESOLUTION:
-        raise Unavailable(f"rounding: relative error about {resolution:.2g} at scale {scale:.2g}")
-    return Value(value, scale, resolution)
+    weights = values if value > 0 else torch.ones_like(values)
+    error = float((torch.tensor(errors, dtype=torch.float64) * weights).sum() / weights.sum())
+    return Value(value, scale, trusted(error, scale))

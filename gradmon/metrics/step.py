@@ -11,7 +11,7 @@ from gradmon._errors import Unavailable
 from gradmon._evidence import Step, StepPair
 from gradmon._tensors import wide
 from gradmon.metrics._metric import Value
-from gradmon.metrics.weight_sweep import WORST_RESOLUTION
+from gradmon.metrics._resolution import resolution, trusted
 
 
 def step_ratio(step: Step) -> Value:
@@ -151,9 +151,7 @@ def _difference(step: Step, value: float, change: float) -> Value:
     if not math.isfinite(value):
         raise Unavailable("non-finite gradient after the step")
     scale = _scale(step)
-    if change == 0 or scale == 0:
+    if scale == 0:  # the step did not move the weights: nothing is a difference
         return Value(value, scale, step.epsilon)
-    resolution = step.epsilon * (step.coordinates.norm(step.gradient) / change + 1 / scale)
-    if resolution > WORST_RESOLUTION:
-        raise Unavailable(f"rounding: relative error about {resolution:.2g} at scale {scale:.2g}")
-    return Value(value, scale, resolution)
+    size = step.coordinates.norm(step.gradient)
+    return Value(value, scale, trusted(resolution(step.epsilon, size, change, scale), scale))

@@ -11,9 +11,7 @@ from gradmon._errors import Unavailable
 from gradmon._evidence import Curvature, ScaledSweep, WeightSweep
 from gradmon._tensors import largest_quotient, wide
 from gradmon.metrics._metric import Value
-
-WORST_RESOLUTION = 0.5
-"""Finite differences whose estimated rounding error is larger have no value."""
+from gradmon.metrics._resolution import resolution, trusted
 
 
 def weight_condition(sweep: WeightSweep) -> Value:
@@ -33,13 +31,8 @@ def weight_condition(sweep: WeightSweep) -> Value:
     step, moved = norm(omega), norm(change)
     if step == 0:
         raise Unavailable("zero perturbation")
-    resolution = sweep.epsilon
-    if not sweep.exact and moved > 0:
-        # A gradient is rounded by about epsilon of itself, and by what it would move if the weights were rounded.
-        resolution = sweep.epsilon * (base / moved + 1 / scale)
-    if resolution > WORST_RESOLUTION:
-        raise Unavailable(f"rounding: relative error about {resolution:.2g} at scale {scale:.2g}")
-    return Value(moved * norm(sweep.weights) / (step * base), scale, resolution)
+    error = sweep.epsilon if sweep.exact else resolution(sweep.epsilon, base, moved, scale)
+    return Value(moved * norm(sweep.weights) / (step * base), scale, trusted(error, scale))
 
 
 def weight_cosine(sweep: WeightSweep) -> Value:
@@ -69,6 +62,7 @@ def weight_diversity(sweep: WeightSweep) -> Value:
     Raises:
         Unavailable: The sum of the gradients is zero.
     """
+    _nonzero(sweep)
     together = wide(sweep.gradients).sum(0)
     norm = sweep.coordinates.norm
     squares = sum(norm(h) ** 2 for h in sweep.gradients)
@@ -108,8 +102,7 @@ def scale_ratio(pair: ScaledSweep) -> Value:
     whole, tenth = weight_condition(pair.whole), weight_condition(pair.tenth)
     if whole.value == 0:
         raise Unavailable("the gradient does not move")
-    resolution = max(whole.resolution or 0.0, tenth.resolution or 0.0)
-    return Value(tenth.value / whole.value, whole.scale, resolution)
+    return Value(tenth.value / whole.value, whole.scale, max(whole.resolution or 0.0, tenth.resolution or 0.0))
 
 
 def sharpness(seen: Curvature) -> Value:
@@ -120,9 +113,8 @@ def sharpness(seen: Curvature) -> Value:
     Raises:
         Unavailable: Rounding hides the change of the gradient.
     """
-    if seen.resolution > WORST_RESOLUTION:
-        raise Unavailable(f"rounding: relative error about {seen.resolution:.2g}")
-    return Value(largest_quotient(seen.projected, seen.products)[0], seen.scale, seen.resolution)
+    error = trusted(seen.resolution, seen.scale or 0.0)
+    return Value(largest_quotient(seen.projected, seen.products)[0], seen.scale, error)
 
 
 def stability(seen: Curvature) -> Value:
@@ -160,6 +152,8 @@ def _steepest(sweep: WeightSweep) -> tuple[Tensor, Tensor, float]:
 
 
 def _nonzero(sweep: WeightSweep) -> float:
+    if not any(sweep.scales):
+        raise Unavailable("zero perturbation")
     size = sweep.coordinates.norm(sweep.gradient)
     if size == 0:
         raise Unavailable("zero gradient")

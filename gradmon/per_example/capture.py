@@ -23,7 +23,7 @@ _METADATA_ONLY = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as
 """Calls that read only shape, type or device of their further arguments."""
 _CONSTANT = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like")
 """Calls whose result does not depend on the contents of their argument."""
-_ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__", "stack", "cat", "concat", "hstack"})
+_ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__"})
 """Calls through which a parameter passes unchanged, up to its sign: a penalty added to a loss."""
 _EMBEDDINGS: tuple[Callable[..., Any], ...] = (functional.embedding, functional.embedding_bag)
 

@@ -1,8 +1,9 @@
 """Which rows of a use's output belong to which example.
 
-Not assumed but found out, from three forward passes without gradient: one on the batch, one with an example more
-(the dimension that grows holds the examples), one with the examples in another order (the rows must follow). So a
-time-first layout is told from a batch-first one, whatever the sizes, and a flattened one in either order.
+Not assumed but found out, from some forward passes: one on the batch, one with an example more (the dimension that
+grows holds the examples), and two with the examples in other orders (the rows must follow). So a time-first layout is
+told from a batch-first one, whatever the sizes, a flattened one in either order, and a model that reorders its examples
+is found out: only the identity commutes with both orders.
 """
 
 from __future__ import annotations
@@ -101,18 +102,26 @@ def find_owners(
     uses = _uses(run(batch))
     if examples == 1:
         return uses, [[Spread()] * len(use.values) for use in uses]
-    order = _derangement(examples)
-    moved = _uses(run(select_examples(batch, order)))
-    if [use.signature for use in uses] != [use.signature for use in moved]:
-        raise Unavailable("the forward pass takes another course when the examples come in another order")
+    moves: list[tuple[Tensor, list[Use]]] = []
+    for order in _orders(examples):
+        moved = _uses(run(select_examples(batch, order)))
+        if [use.signature for use in uses] != [use.signature for use in moved]:
+            raise Unavailable("the forward pass takes another course when the examples come in another order")
+        moves.append((order, moved))
     wider = _wider(run, batch, examples, uses)
     found: list[list[Ownership]] = []
-    for position, (use, other) in enumerate(zip(uses, moved, strict=True)):
+    for position, use in enumerate(uses):
         shapes = [None] * len(use.values) if wider is None else [value.shape for value in wider[position].values]
         found.append(
             [
-                _owner(use.name, use.additive or place >= len(use.outputs), value, twin, shape, order)
-                for place, (value, twin, shape) in enumerate(zip(use.values, other.values, shapes, strict=True))
+                _owner(
+                    use.name,
+                    place >= len(use.outputs) or (use.additive and value.numel() == 1),
+                    value,
+                    [(order, moved[position].values[place]) for order, moved in moves],
+                    shape,
+                )
+                for place, (value, shape) in enumerate(zip(use.values, shapes, strict=True))
             ]
         )
     return uses, found
@@ -136,18 +145,23 @@ def _wider(run: Callable[[Batch], Capture], batch: Batch, examples: int, uses: l
     return wider if same else None
 
 
-def _derangement(n: int) -> Tensor:
-    generator = torch.Generator().manual_seed(n)
-    while True:
-        order = torch.randperm(n, generator=generator)
-        if not bool((order == torch.arange(n)).any()):
-            return order
+def _orders(n: int) -> list[Tensor]:
+    """A cycle through all examples, and the first two exchanged: together they generate every order.
+
+    All orders of two examples commute, so for two the second is the first example twice.
+    """
+    if n == 2:
+        return [torch.tensor([1, 0]), torch.tensor([0, 0])]
+    course = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    cycle = torch.empty(n, dtype=torch.int64)
+    cycle[course] = course.roll(1)
+    return [cycle, torch.tensor([1, 0, *range(2, n)])]
 
 
 def _owner(
-    name: str, may_spread: bool, value: Tensor, moved: Tensor, wider: torch.Size | None, order: Tensor
+    name: str, may_spread: bool, value: Tensor, moves: list[tuple[Tensor, Tensor]], wider: torch.Size | None
 ) -> Ownership:
-    examples = len(order)
+    examples = len(moves[0][0])
     sizes = value.shape
     if wider is None:
         dims = [dim for dim, size in enumerate(sizes) if size and size % examples == 0]
@@ -162,13 +176,10 @@ def _owner(
     if wider is not None and len(dims) > 1:
         if any(sizes[dim] != examples for dim in dims):
             return Unknown(f"the output of `{name}` has the examples along several dimensions")
-        expected = value
-        for dim in dims:
-            expected = expected.index_select(dim, order.to(value.device))
-        candidates = [(_distance(moved, expected, value), dims[0], 1)]
+        candidates = [(_worst(value, moves, dims, 1), dims[0], 1)]
     else:
         candidates = [
-            (_distance(moved, value.index_select(dim, _source(sizes[dim], inner, order, value)), value), dim, inner)
+            (_worst(value, moves, [dim], inner), dim, inner)
             for dim in dims
             for inner in _divisors(sizes[dim] // examples)
         ]
@@ -185,6 +196,17 @@ def _owner(
 
 def _divisors(n: int) -> Sequence[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
+
+
+def _worst(value: Tensor, moves: list[tuple[Tensor, Tensor]], dims: list[int], inner: int) -> float:
+    """How far the rows are from following the examples, in the worst of the orders."""
+    worst = 0.0
+    for order, moved in moves:
+        expected = value
+        for dim in dims:
+            expected = expected.index_select(dim, _source(value.shape[dim], inner, order, value))
+        worst = max(worst, _distance(moved, expected, value))
+    return worst
 
 
 def _source(size: int, inner: int, order: Tensor, like: Tensor) -> Tensor:

@@ -171,6 +171,10 @@ class Pass:
             Unavailable: They are not, for some parameter.
         """
         weights = self._objective.weights
+        seen = {position for targets in self._targets for positions in targets for position in positions}
+        for position, name in enumerate(weights.names):
+            if position not in seen and position not in self.gradient.unused:
+                raise Unavailable(f"no call is seen that uses `{name}`, although the loss depends on it")
         whole = math.sqrt(sum(length(part) ** 2 for part in self.gradient.parts))
         for name, part, share in zip(weights.names, self.gradient.parts, self.share(None), strict=True):
             epsilon = torch.finfo(part.dtype).eps

@@ -112,4 +112,4 @@ class Scene:
 
     def generator(self) -> torch.Generator:
         """A fresh source of randomness, the same for every sweep of this scene."""
-        return torch.Generator().manual_seed(self.seed)
+        return torch.Generator().manual_seed(self.seed % 2**32)

@@ -28,11 +28,13 @@ def curvature(scene: Scene) -> Curvature:
     """The Hessian on the span of the Krylov directions; the sweep's own where that is a Krylov sweep.
 
     Raises:
-        Unavailable: The gradient or the weights are zero.
+        Unavailable: The gradient or the weights are zero, or all perturbations are.
     """
     sampler = scene.weight_sampler if isinstance(scene.weight_sampler, Krylov) else Krylov()
     sweep, products = _sweep(scene, sampler)[:2]
     count = len(sweep.scales)
+    if not any(sweep.scales):
+        raise Unavailable("zero perturbation")
     groups = scene.optimizer.param_groups if scene.optimizer is not None else []
     rates = {float(group["lr"]) for group in groups if "lr" in group}
     plain = isinstance(scene.optimizer, torch.optim.SGD) and not any(group["maximize"] for group in groups)
@@ -40,7 +42,7 @@ def curvature(scene: Scene) -> Curvature:
         projected=(products[:count, count:] + products[count:, :count]) / 2,
         products=products[:count, :count],
         scale=None if sweep.exact else max(sweep.scales),
-        resolution=sweep.epsilon if sweep.exact else sweep.epsilon / min(sweep.scales),
+        resolution=sweep.epsilon if sweep.exact else 2 * sweep.epsilon / max(sweep.scales),
         learning_rate=rates.pop() if plain and len(rates) == 1 else None,
         optimizer=None if scene.optimizer is None else type(scene.optimizer).__name__,
     )
@@ -100,14 +102,13 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
         if not bool(torch.isfinite(change).all()):
             raise Unavailable("non-finite gradient at perturbed weights")
         radius = weights.full.norm(taken)
-        if radius > 0:
-            scales.append(radius / size if size > 0 else float("inf"))
-            perturbations.append(weights.pick_flat(taken))
-            gradients.append(weights.pick_flat(gradient))
-            differences.append(weights.pick_flat(change))
-            if sampler.span:
-                whole[0].append(taken)
-                whole[1].append(change)
+        scales.append(radius / size if size > 0 else float("inf") if radius > 0 else 0.0)
+        perturbations.append(weights.pick_flat(taken))
+        gradients.append(weights.pick_flat(gradient))
+        differences.append(weights.pick_flat(change))
+        if sampler.span:
+            whole[0].append(taken)
+            whole[1].append(change)
         try:
             omega = draws.send(change)
         except StopIteration:
@@ -115,8 +116,10 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
     if not perturbations:
         raise Unavailable("zero perturbation")
     # On all of w: among a mask's few coordinates the largest quotient would be one of chance.
-    count, products = len(perturbations), gram([*whole[0], *whole[1]]) if sampler.span else start.new_empty(0)
-    best = largest_quotient(products[count:, count:], products[:count, :count])[1] if sampler.span else None
+    count, products, best = len(perturbations), start.new_empty(0), None
+    if sampler.span and any(scales):
+        products = gram([*whole[0], *whole[1]])
+        best = largest_quotient(products[count:, count:], products[:count, :count])[1]
     evidence = WeightSweep(
         coordinates=weights.coordinates,
         weights=weights.pick_flat(origin),
