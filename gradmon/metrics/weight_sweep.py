@@ -152,8 +152,11 @@ def _steepest(sweep: WeightSweep) -> tuple[Tensor, Tensor, float]:
 
 
 def _nonzero(sweep: WeightSweep) -> float:
-    if not any(sweep.scales):
+    largest = max(sweep.scales)
+    if largest == 0:
         raise Unavailable("zero perturbation")
+    if not sweep.exact:
+        trusted(resolution(sweep.epsilon, 0.0, 0.0, largest), largest)
     size = sweep.coordinates.norm(sweep.gradient)
     if size == 0:
         raise Unavailable("zero gradient")
