@@ -121,7 +121,7 @@ class Monitor:
         seed: int = 0,
         run: str = "run",
         rank: int = 0,
-        sinks: Sink | str | Iterable[Sink | str] = (),
+        sinks: Sink | str | Iterable[Sink | str] | None = None,
         alerts: Literal["default"] | Iterable[Rule] | None = "default",
         weights: WeightSampler | None = None,
         inputs: InputSampler | None = None,
@@ -179,9 +179,9 @@ class Monitor:
         if optimizer is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
 
-    def _open(self, sinks: Sink | str | Iterable[Sink | str]) -> None:
+    def _open(self, sinks: Sink | str | Iterable[Sink | str] | None) -> None:
         try:
-            for sink in [sinks] if isinstance(sinks, (str, Sink)) else sinks:
+            for sink in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
                 self._sinks.append(make_sink(sink))
             for sink in self._sinks:
                 if isinstance(sink, RunAware):
@@ -222,7 +222,8 @@ class Monitor:
             readings += self._guarded("next batch", lambda: self._finish(pending, batch, taken), [])
         due = self._is_due(self._step)
         if due:
-            readings += self._guarded("probe", lambda: self._probe(batch, taken), [])
+            failed = [Reading(metric.name, math.nan, self._step, reason="the probe failed") for metric in self._metrics]
+            readings += self._guarded("probe", lambda: self._probe(batch, taken), failed)
             readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:

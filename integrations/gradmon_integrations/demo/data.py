@@ -20,10 +20,10 @@ def digits() -> Batch:
     """
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
-    images = torch.as_tensor(bunch["data"], dtype=torch.float32)
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels, dtype=torch.float32)
     images = images - images.mean(0)
-    return images / images.std(), torch.as_tensor(bunch["target"], dtype=torch.int64)
+    return images / images.std(), torch.as_tensor(labels, dtype=torch.int64)
 
 
 def batches(data: Batch, size: int, seed: int) -> Iterator[Batch]:

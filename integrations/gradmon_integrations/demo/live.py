@@ -7,7 +7,6 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -17,7 +16,7 @@ from gradmon_integrations.demo.states import metric_of, number
 from gradmon_integrations.demo.table import metrics_table
 from gradmon_integrations.demo.view import Tone
 
-_TONES: dict[Tone, str] = {"title": "bold", "good": "bold green", "note": "bold yellow", "bad": "bold red", "text": ""}
+_TONES: dict[Tone, str] = {"title": "bold", "good": "bold green", "note": "bold yellow", "bad": "bold red"}
 _SEVERITIES = {"critical": "bold red", "warning": "red", "info": "yellow"}
 _HEAD = 2
 
@@ -68,14 +67,18 @@ class LiveView:
 
     def say(self, text: str, tone: Tone = "text") -> None:
         """Print a paragraph."""
-        hanging = len(text) - len(text.lstrip())
-        body = Text(text.strip(), style=_TONES[tone])
-        self._console.print(Padding(body, (0, 0, 0, hanging)) if text else "")
+        if tone == "command":
+            self._console.print(Text(text), soft_wrap=True)
+            return
+        indent = len(text) - len(text.lstrip(" -"))
+        grid = Table.grid()
+        grid.add_row(text[:indent], Text(text[indent:], style=_TONES.get(tone, "")))
+        self._console.print(grid)
 
     def _draw(self, *, whole: bool) -> None:
         """Draw; `whole`: also what does not fit on the terminal, which then scrolls."""
         alerts = self._alerts()
-        below = len(self._console.render_lines(alerts)) + 3
+        below = len(self._console.render_lines(alerts)) + 4
         rows = None if whole else max(1, self._console.height - _HEAD - below - 1)
         table = metrics_table(self._runs, self._metrics, rows=rows, ascii_only=self._console.options.ascii_only)
         self._live.update(Group(table, "", alerts, self._progress), refresh=True)

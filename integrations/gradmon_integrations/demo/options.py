@@ -12,9 +12,9 @@ from gradmon.measure import known_metrics
 from gradmon_integrations.demo.data import EXAMPLES
 
 _DESCRIPTION = """\
-Trains two networks on scikit-learn's digits, side by side and on the same batches: "healthy", and "ill-conditioned", which
-is too deep, badly initialised and trained with too long steps. A monitor watches the gradient of each. At the end it
-says which numbers tell the two apart, and what would have to be changed."""
+Trains two networks on scikit-learn's digits, side by side and on the same batches: "healthy", and "ill-conditioned",
+which is too deep, badly initialised and trained with too long steps. A monitor watches the gradient of each. At the end
+it says which numbers tell the two apart, and what would have to be changed."""
 
 _EPILOG = """\
 The log directory holds, for each run, TensorBoard's events (DIR/healthy/) and all readings and alerts as JSON lines
@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=_whole(2, EXAMPLES), default=64, metavar="N", help="examples of a batch (64)"
     )
     parser.add_argument(
-        "--metrics", type=_metrics, metavar="NAME,...", help="what to measure, see `gradmon metrics`; loss always is (all)"
+        "--metrics",
+        type=_metrics,
+        metavar="NAME,...",
+        help="what to measure, see `gradmon metrics`; loss always is (all)",
     )
     parser.add_argument(
         "--mask", type=_fraction, default=0.05, metavar="P", help="part of the weights to look at, in (0, 1] (0.05)"
@@ -45,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--logdir", type=Path, metavar="DIR", help="where to write; must not hold a demo yet (runs/demo-DATE-TIME)"
     )
     parser.add_argument(
-        "--prometheus-port", type=_port, default=0, metavar="PORT", help="port of /metrics; 0: any free one; none: off (0)"
+        "--prometheus-port",
+        type=_port,
+        default=0,
+        metavar="PORT",
+        help="port of /metrics; 0: any free one; none: off (0)",
     )
     parser.add_argument("--plain", action="store_true", help="plain lines on a terminal, too")
 
@@ -56,7 +63,7 @@ def default_logdir() -> Path:
 
 
 def chosen_metrics(wanted: Sequence[str] | None) -> list[str]:
-    """The metrics to measure, in the order in which they are shown: all but those on demand, or those wanted and loss."""
+    """The metrics to measure, in the order in which they are shown: those wanted, or all but those on demand; and loss."""
     known = known_metrics()
     names = [name for name, metric in known.items() if not metric.on_demand] if wanted is None else wanted
     return list(dict.fromkeys(["loss", *names]))

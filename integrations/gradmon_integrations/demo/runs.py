@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -68,7 +69,8 @@ def network(recipe: Recipe, seed: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
 
     def linear(inputs: int, outputs: int, gain: float, bias: bool) -> nn.Linear:
-        layer = nn.utils.skip_init(nn.Linear, inputs, outputs, bias=bias)
+        # By way of the meta device: no draw from the global random state.
+        layer = nn.Linear(inputs, outputs, bias=bias, device="meta").to_empty(device="cpu")
         nn.init.normal_(layer.weight, std=gain / math.sqrt(inputs), generator=generator)
         if bias:
             nn.init.zeros_(layer.bias)
@@ -105,6 +107,17 @@ def prepare(recipe: Recipe, *, seed: int, sinks: Sequence[Sink], **options: Any)
     return Run(recipe.name, model, optimizer, monitor, history)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread for a while: layers this small gain nothing by a second, and lose by waiting for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def train(runs: Sequence[Run], batches: Iterator[Batch], steps: int, done: Callable[[int], None]) -> None:
     """Train all runs together, one step of each on the same batch.
 
@@ -122,3 +135,8 @@ def train(runs: Sequence[Run], batches: Iterator[Batch], steps: int, done: Calla
             run.optimizer.step()
             run.monitor.step(batch)
         done(step)
+
+
+def looks(every: int, steps: int, first: int = 3) -> Callable[[int], bool]:
+    """A schedule: the first few steps, where most goes wrong, every so many after them, and the last."""
+    return lambda step: step <= first or step % every == 0 or step == steps

@@ -1,4 +1,4 @@
-"""Is a number good or bad? What the alert rules say, for the colours and for the verdict; and how a number is written."""
+"""Is a number good or bad? What the alert rules say, for colours and for the verdict; and how a number is written."""
 
 from __future__ import annotations
 
@@ -72,4 +72,4 @@ def number(value: float) -> str:
     if 1e3 <= abs(value) < 99999.5:
         return f"{value:.0f}"
     digits, exponent = f"{value:.1e}".split("e")
-    return f"{digits}e{int(exponent)}"
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"

@@ -39,21 +39,22 @@ def metrics_table(runs: Sequence[Run], metrics: Sequence[str], *, rows: int | No
         groups.setdefault(known[name].group, []).append(name)
     titled = rows is None or len(kept) == len(metrics)
     table = Table(box=box.ASCII2 if ascii_only else box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("better", style="dim", width=6)
     table.add_column("metric", no_wrap=True, min_width=21)
+    table.add_column("good", style="dim", no_wrap=True, min_width=6)
     table.add_column("alert if", style="dim", no_wrap=True, min_width=8)
     for run in runs:
         table.add_column(run.name, no_wrap=True, width=_NUMBER + _TREND + 4)
     for group, names in groups.items():
         if titled:
-            table.add_row("", Text(group, style="bold"))
+            table.add_row(Text(group, style="bold"))
         for name in names:
-            better = {"low": "low", "high": "high", "middle": "middle"}.get(known[name].better, "")
+            good = "" if known[name].better == "none" else known[name].better
             limit = ", ".join(map(str, limits(name)[:1]))
             cells = [_cell(run.history, name, ascii_only) for run in runs]
-            table.add_row(better, f"  {name}" if titled else name, limit, *cells)
-    if len(kept) < len(metrics):
-        table.caption = f"and {len(metrics) - len(kept)} more, for which this terminal is too low"
+            table.add_row(f"  {name}" if titled else name, good, limit, *cells)
+    hidden = len(metrics) - len(kept)
+    table.caption_justify = "left"
+    table.caption = f"{hidden} more, for which the terminal is too low" if hidden else "! alert  ~ past the limit"
     return table
 
 

@@ -16,13 +16,12 @@ from gradmon_integrations.demo.states import limits, metric_of, number, state_of
 Level = Literal["good", "note", "bad"]
 
 _TITLES: dict[Level, str] = {
-    "good": "in good order: the gradient can be trusted",
-    "note": "in good order, with a note",
-    "bad": "in trouble: the gradient cannot be trusted",
+    "good": "is in good order: its gradient can be trusted.",
+    "note": "is in good order, with a note.",
+    "bad": "is in trouble: its gradient cannot be trusted.",
 }
 _SEVERITIES = ("critical", "warning", "info")
-_FEW = 3
-_LAST = 5
+_FEW = 5
 
 
 @dataclass(frozen=True)
@@ -32,12 +31,14 @@ class Verdict:
     Attributes:
         level: ``good``, ``note`` (nothing worse than an alert of severity info) or ``bad``.
         title: One line.
-        lines: The reasons, and what to change.
+        reasons: What says so.
+        change: What to change; empty where nothing is wrong.
     """
 
     level: Level
     title: str
-    lines: tuple[str, ...]
+    reasons: tuple[str, ...]
+    change: str
 
 
 def judge(name: str, history: History) -> Verdict | None:
@@ -46,22 +47,25 @@ def judge(name: str, history: History) -> Verdict | None:
         return None
     serious = any(alert.severity != "info" for alert in history.active)
     level: Level = "bad" if serious or _lost(history) else "note" if history.active else "good"
-    lines = [_loss(history), *_firing(history), *_past(history), *_within(history), *_sources(history)]
-    remedies = _remedies(history.active)
-    if remedies:
-        lines.append(f"What to change: {' '.join(remedies)}")
-    return Verdict(level, f"{name}: {_TITLES[level]}", tuple(line for line in lines if line))
+    kept = _within(history) if level != "bad" else []
+    reasons = [_loss(history), *_firing(history), *_past(history), *kept, *_sources(history)]
+    return Verdict(level, f"{name} {_TITLES[level]}", tuple(reasons), " ".join(_remedies(history.active)))
 
 
-def differences(first: History, second: History, most: int = 4) -> list[str]:
+def differences(first: History, second: History, most: int = 5) -> list[str]:
     """The metrics in which two runs are furthest apart, by the ratio of their medians, furthest first.
 
-    Only metrics are compared of which low or high is good, and which are positive in both runs.
+    Only metrics are compared of which low or high is good, which are positive and finite in both runs, and which do not
+    depend on the units of loss and weights.
     """
     apart: list[tuple[float, str]] = []
     for name, metric in known_metrics().items():
         pair = [median(values) if (values := history.values(name)) else 0.0 for history in (first, second)]
-        if metric.better in ("low", "high") and all(0 < value < math.inf for value in pair):
+        if (
+            metric.better in ("low", "high")
+            and metric.group != "health"
+            and all(0 < value < math.inf for value in pair)
+        ):
             text = f"{name} {number(pair[0])} against {number(pair[1])} ({metric.better} is good)"
             apart.append((abs(math.log(pair[0] / pair[1])), text))
     return [text for _, text in sorted(apart, reverse=True)[:most]]
@@ -77,8 +81,8 @@ def _loss(history: History) -> str:
         return "The loss is no longer a finite number."
     values = history.values("loss")
     if len(values) < 2 * _FEW:
-        return "Too few readings to say where the loss goes."
-    before, after = median(values[:_FEW]), median(values[-_LAST:])
+        return "There are too few readings to say where the loss goes."
+    before, after = median(values[:_FEW]), median(values[-_FEW:])
     verb = "falls" if after < 0.6 * before else "falls slowly" if after < 0.85 * before else "hardly falls"
     if after > before:
         verb = "does not fall"
@@ -95,7 +99,9 @@ def _firing(history: History) -> list[str]:
             continue
         limit = "; ".join(f"alert if {one}" for one in limits(metric) if one.rule == alert.rule)
         meaning = known_metrics()[metric].meaning
-        lines.append(f"{alert.rule} (since step {alert.step}): {metric} is {number(reading.value)} ({limit}). {meaning}")
+        lines.append(
+            f"{alert.rule} (since step {alert.step}): {metric} is {number(reading.value)} ({limit}). {meaning}"
+        )
     return lines
 
 
@@ -106,11 +112,14 @@ def _past(history: History) -> list[str]:
 
 
 def _within(history: History) -> list[str]:
-    """The numbers that have a limit and keep it."""
+    """The numbers that have an upper limit and keep it."""
     kept = [
         f"{name} {number(reading.value)} (alert if {limits(name)[0]})"
         for name in history.series
-        if (reading := history.newest(name)) and state_of(name, reading.value, history.active) == "fine"
+        if (reading := history.newest(name))
+        and limits(name)[:1]
+        and limits(name)[0].above
+        and state_of(name, reading.value, history.active) == "fine"
     ]
     return [f"Within limits: {', '.join(kept)}."] if kept else []
 

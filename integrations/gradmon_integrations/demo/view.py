@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Literal, Protocol
 
-Tone = Literal["title", "good", "note", "bad", "text"]
+Tone = Literal["title", "good", "note", "bad", "text", "command"]
 
 
 class View(Protocol):
@@ -26,5 +26,5 @@ class View(Protocol):
         ...
 
     def say(self, text: str, tone: Tone = "text") -> None:
-        """Print a paragraph."""
+        """Print a paragraph; a command is never broken into lines."""
         ...
