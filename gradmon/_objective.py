@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from gradmon._batches import example_count, map_tensors
 from gradmon._errors import ArgumentError, Unavailable
 from gradmon._parameters import Weights
-from gradmon._sandbox import RandomState, Sandbox
+from gradmon._sandbox import Sandbox
+from gradmon._snapshot import RandomState, modules_behind
 from gradmon._types import Batch, Loss, Reduction
 
 
@@ -68,7 +69,7 @@ class Objective:
         self.reduction: Reduction = reduction
         self.base = list(base) if base is not None else [parameter.data for parameter in weights.parameters]
         self.examples = example_count(batch)
-        self.sandbox = Sandbox(model, weights.parameters, random)
+        self.sandbox = Sandbox(model, weights.parameters, list(modules_behind(loss)), random)
 
     def __enter__(self) -> Objective:
         self.sandbox.__enter__()

@@ -4,91 +4,15 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import random
 import sys
 from collections.abc import Generator, Sequence
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-
-class RandomState:
-    """The random states as found: torch on the CPU and every CUDA device, numpy, Python, and the model's generators.
-
-    Args:
-        model: The model, whose modules may hold generators of their own.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
-        held = [value for module in model.modules() for value in vars(module).values()]
-        self._own = [(value, value.get_state()) for value in held if isinstance(value, torch.Generator)]
-
-    def restore(self) -> None:
-        """Put every generator back to where it was."""
-        torch.set_rng_state(self._cpu)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state_all(self._cuda)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-        for generator, state in self._own:
-            generator.set_state(state)
-
-
-class ModuleState:
-    """Everything that a forward pass may change on a model: buffers, attributes, modes and the tensors behind them.
-
-    Args:
-        model: The model.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._containers: list[tuple[Any, Any]] = []
-        tensors: dict[int, tuple[Tensor, Tensor]] = {}
-        for module in model.modules():
-            attributes = dict(vars(module))
-            self._attributes.append((vars(module), attributes))
-            for value in attributes.values():
-                if type(value) in (list, dict, set):
-                    self._containers.append((value, copy.copy(value)))
-            for value in [*attributes.values(), *module.buffers(recurse=False)]:
-                if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.grad_fn is None:
-                    tensors[id(value)] = (value, value.detach().clone())
-        self._tensors = list(tensors.values())
-
-    def restore(self) -> None:
-        """Put back the attributes, and the contents of the tensors, without touching autograd's version counters."""
-        for now, before in self._attributes:
-            if not _identical(now, before):
-                now.clear()
-                now.update(before)
-        for now, before in self._containers:
-            if not _identical(now, before):
-                now.clear()
-                extend = now.extend if isinstance(now, list) else now.update  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-                extend(before)
-        for tensor, content in self._tensors:
-            tensor.data.copy_(content)
-
-
-def _identical(a: Any, b: Any) -> bool:
-    """Whether two containers hold the same objects in the same order; sets are compared as they are."""
-    if isinstance(a, set):
-        return a == b
-    if len(a) != len(b):
-        return False
-    if isinstance(a, dict):
-        pairs = zip(cast("dict[Any, Any]", a).items(), cast("dict[Any, Any]", b).items(), strict=True)
-        return all(name == other and value is twin for (name, value), (other, twin) in pairs)
-    return all(value is twin for value, twin in zip(cast("list[Any]", a), cast("list[Any]", b), strict=True))
+from gradmon._snapshot import ModuleState, RandomState
 
 
 class Sandbox:
@@ -101,21 +25,30 @@ class Sandbox:
     Args:
         model: The model.
         parameters: Its trainable parameters.
+        others: Other modules that a pass goes through, such as a loss with buffers of its own.
         random: The random states that every pass starts from; None for those found on entry.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], random: RandomState | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        others: Sequence[nn.Module] = (),
+        random: RandomState | None = None,
+    ) -> None:
         self.model = model
+        self._others = list(others)
         self._start = random
         self.parameters = list(parameters)
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Sandbox:
         with contextlib.ExitStack() as stack:
-            self._everything = list({id(p): p for p in [*self.parameters, *self.model.parameters()]}.values())
+            held = [p for module in (self.model, *self._others) for p in module.parameters()]
+            self._everything = list({id(p): p for p in [*self.parameters, *held]}.values())
             self._held = [(p, p.data, p.grad, p.requires_grad, p._backward_hooks) for p in self._everything]
-            self._found = RandomState(self.model)
-            self._modules = ModuleState(self.model)
+            self._found = RandomState()
+            self._modules = ModuleState([self.model, *self._others])
             stack.callback(self._restore)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())

@@ -20,7 +20,7 @@ from gradmon._evidence import BatchGradient, Step, StepPair
 from gradmon._objective import Objective, dense
 from gradmon._parameters import Weights, check_trains, trainable
 from gradmon._reading import Alert, Reading
-from gradmon._sandbox import RandomState
+from gradmon._snapshot import RandomState
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule, default_rules
 from gradmon.masks import Mask, as_mask, check_seed

@@ -71,16 +71,20 @@ class LiveView:
             self._console.print(Text(text), soft_wrap=True)
             return
         indent = len(text) - len(text.lstrip(" -"))
-        grid = Table.grid()
-        grid.add_row(text[:indent], Text(text[indent:], style=_TONES.get(tone, "")))
-        self._console.print(grid)
+        body = Text(text[indent:], style=_TONES.get(tone, ""))
+        if indent:
+            grid = Table.grid()
+            grid.add_row(text[:indent], body)
+            self._console.print(grid)
+        else:
+            self._console.print(body)
 
     def _draw(self, *, whole: bool) -> None:
         """Draw; `whole`: also what does not fit on the terminal, which then scrolls."""
         alerts = self._alerts()
         below = len(self._console.render_lines(alerts)) + 4
         rows = None if whole else max(1, self._console.height - _HEAD - below - 1)
-        table = metrics_table(self._runs, self._metrics, rows=rows, ascii_only=self._console.options.ascii_only)
+        table = metrics_table(self._runs, self._metrics, self._console.options, rows=rows)
         self._live.update(Group(table, "", alerts, self._progress), refresh=True)
 
     def _alerts(self) -> Table:

@@ -63,7 +63,7 @@ def default_logdir() -> Path:
 
 
 def chosen_metrics(wanted: Sequence[str] | None) -> list[str]:
-    """The metrics to measure, in the order in which they are shown: those wanted, or all but those on demand; and loss."""
+    """The metrics to measure, in the order of the table: those wanted, or all but those on demand; and the loss."""
     known = known_metrics()
     names = [name for name, metric in known.items() if not metric.on_demand] if wanted is None else wanted
     return list(dict.fromkeys(["loss", *names]))

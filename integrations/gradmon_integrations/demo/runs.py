@@ -38,8 +38,8 @@ class Recipe:
     learning_rate: float
 
     def __str__(self) -> str:
-        shape = f"{self.depth} hidden layers of {self.width}, tanh"
-        return f"{shape}; weights {self.gain:g} / sqrt(inputs); SGD with learning rate {self.learning_rate:g}"
+        shape = f"{self.depth} hidden tanh layers of {self.width}"
+        return f"{shape}, weights {self.gain:g} / sqrt(inputs), SGD at {self.learning_rate:g}"
 
 
 RECIPES = (Recipe("healthy", 2, 64, 1.0, 0.03), Recipe("ill-conditioned", 20, 32, 4.0, 0.05))

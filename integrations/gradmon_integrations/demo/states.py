@@ -10,8 +10,8 @@ from typing import Literal, NamedTuple
 from gradmon._reading import Alert
 from gradmon.alerts import Above, Below, default_rules
 
-State = Literal["firing", "beyond", "fine", "free", "missing"]
-"""An alert is active; past a limit, but not for long enough; within the limits; without limits; no number."""
+State = Literal["firing", "noted", "beyond", "fine", "free", "missing"]
+"""An alert is active; one of severity info is; past a limit, but not for long enough; within the limits; without limits; no number."""
 
 
 class Limit(NamedTuple):
@@ -54,8 +54,9 @@ def metric_of(rule: str) -> str | None:
 
 def state_of(metric: str, value: float | None, active: Iterable[Alert]) -> State:
     """What the alert rules think of a metric now."""
-    if any(metric_of(alert.rule) == metric for alert in active):
-        return "firing"
+    severities = {alert.severity for alert in active if metric_of(alert.rule) == metric}
+    if severities:
+        return "noted" if severities == {"info"} else "firing"
     if value is None or math.isnan(value):
         return "missing"
     if any(limit.passed_by(value) for limit in limits(metric)):
