@@ -86,6 +86,7 @@ def measure(
     """
     check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
     check_seed(seed)
+    check_input_module(model, input_module)
     if next_batch is not None:
         batch_tensors(next_batch, "next_batch")
     chosen = choose_metrics(metrics, optimizer)
@@ -172,6 +173,24 @@ def choose_metrics(
 
 def _steps(metric: Metric) -> bool:
     return metric.name == "stability" or Step in metric.needs or StepPair in metric.needs
+
+
+def check_input_module(model: nn.Module, module: object) -> None:
+    """Check that the inputs are taken from a module of the model.
+
+    Raises:
+        ArgumentError: `input_module` is neither a module of the model, nor the name of one, nor None.
+    """
+    if isinstance(module, nn.Module):
+        if not any(module is held for held in model.modules()):
+            raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
+    elif isinstance(module, str):
+        try:
+            model.get_submodule(module)
+        except AttributeError:
+            raise ArgumentError("input_module", "name a module of the model", repr(module)) from None
+    elif module is not None:
+        raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
 
 
 def check_options(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ from gradmon._snapshot import RandomState
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule, default_rules
 from gradmon.masks import Mask, as_mask, check_seed
-from gradmon.measure import check_options, choose_metrics, readings_from
+from gradmon.measure import check_input_module, check_options, choose_metrics, readings_from
 from gradmon.metrics import Metric
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
@@ -175,11 +176,14 @@ class Monitor:
         self._layers = layers
         self._metrics = _chosen(metrics, optimizer, loss)
         self._rules = default_rules() if alerts == "default" else _checked_rules(alerts)
+        check_input_module(model, input_module)
         self._open(sinks)
         if optimizer is not None:
             self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
 
     def _open(self, sinks: Sink | str | Iterable[Sink | str] | None) -> None:
+        if sinks is not None and not isinstance(sinks, (str, Sink, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("sinks", "be sinks or strings", repr(sinks))
         try:
             for sink in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
                 self._sinks.append(make_sink(sink))
@@ -222,8 +226,7 @@ class Monitor:
             readings += self._guarded("next batch", lambda: self._finish(pending, batch, taken), [])
         due = self._is_due(self._step)
         if due:
-            failed = [Reading(metric.name, math.nan, self._step, reason="the probe failed") for metric in self._metrics]
-            readings += self._guarded("probe", lambda: self._probe(batch, taken), failed)
+            readings += self._probed(batch, taken)
             readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
@@ -289,18 +292,48 @@ class Monitor:
         self._active = {(alert.rule, alert.layer): alert for alert in alerts}
         self._readings = {name: Reading(*reading) for name, reading in state["readings"].items()}
 
+    def _probed(self, batch: Batch, taken: _Taken | None) -> list[Reading]:
+        """The readings of a probe; where it fails as a whole, NaN with the error for every metric."""
+        try:
+            return self._probe(batch, taken)
+        except Exception as error:
+            self._failed("probe", error)
+            reason = f"{type(error).__name__}: {error}"
+            return [Reading(metric.name, math.nan, self._step, reason=reason) for metric in self._metrics]
+
     def _is_due(self, step: int) -> bool:
         return self._guarded("schedule", lambda: bool(self._schedule(step)), False)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Keep the weights, and in passive mode the gradients, that a scheduled step starts from."""
-        if self._is_due(self._step + 1) or (self._pending is not None and self._loss is None):
-            self._taken = self._guarded("optimizer hook", self._keep, None)
+        if not self._is_due(self._step + 1) and not (self._pending is not None and self._loss is None):
+            return None
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._taken = taken = self._guarded("optimizer hook", lambda: self._keep(optimizer, closure is not None), None)
+        if closure is None or taken is None or self._loss is not None:
+            return None
 
-    def _keep(self) -> _Taken:
-        parameters = list(trainable(self._model).values())
-        grads = [None if self._loss is not None or p.grad is None else p.grad.detach().clone() for p in parameters]
-        return _Taken([parameter.detach().clone() for parameter in parameters], grads)
+        def watched() -> Any:
+            """The closure; its first call makes the gradient at the weights before the step."""
+            value = closure()
+            if not taken.gradients:
+                taken.gradients.extend(self._guarded("optimizer hook", lambda: self._grads(optimizer), []))
+            return value
+
+        return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
+
+    def _keep(self, optimizer: Optimizer, later: bool) -> _Taken | None:
+        overflow: Any = getattr(optimizer, "found_inf", None)
+        if overflow is not None and float(overflow) > 0:
+            return None  # a fused optimizer is about to skip this step
+        values = [parameter.detach().clone() for parameter in trainable(self._model).values()]
+        return _Taken(values, [] if later or self._loss is not None else self._grads(optimizer))
+
+    def _grads(self, optimizer: Optimizer) -> list[Tensor | None]:
+        """The gradients that the optimizer is about to use, without the scale that a fused one takes off itself."""
+        scale: Any = getattr(optimizer, "grad_scale", None)
+        found = [None if p.grad is None else p.grad.detach().clone() for p in trainable(self._model).values()]
+        return found if scale is None else [None if g is None else g / scale.to(g.device) for g in found]
 
     def _layout(self) -> Weights:
         return Weights(self._model, None if self._mask is None else self._mask.picks(self._model))
@@ -322,6 +355,8 @@ class Monitor:
                 seed=self._seed + self._step,
                 **self._options,
             )
+            with contextlib.suppress(Unavailable):  # which every metric then says for itself
+                scene.gradient  # noqa: B018 - a loss that fails fails once, and not for every metric again
             return self._look(scene, [value.clone() for value in after])
 
     def _look(self, scene: Scene, after: list[Tensor]) -> list[Reading]:
@@ -455,6 +490,8 @@ def _chosen(
 
 
 def _checked_rules(alerts: Iterable[Rule] | None) -> list[Rule]:
+    if alerts is not None and not isinstance(alerts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ArgumentError("alerts", 'be "default" or rules', repr(alerts))
     rules = [] if alerts is None else list(alerts)
     for rule in rules:
         if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]

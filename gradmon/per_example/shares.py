@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from gradmon._batches import batch_tensors, replace_tensor
-from gradmon._errors import ArgumentError, GradmonError, Unavailable
+from gradmon._errors import GradmonError, Unavailable
 from gradmon._objective import Gradient, Objective, dense
 from gradmon._tensors import length, wide
 from gradmon._types import Batch
@@ -312,18 +312,10 @@ def find_entry(objective: Objective, module: nn.Module | str | None = None) -> E
             a parameter, and where there is none for the output of the first embedding that looks up integers of it.
 
     Raises:
-        ArgumentError: `input_module` is not a module of the model.
         Unavailable: The batch holds no such tensor.
     """
-    if isinstance(module, str):
-        try:
-            return Entry(module=objective.model.get_submodule(module))
-        except AttributeError:
-            raise ArgumentError("input_module", "name a module of the model", repr(module)) from None
     if module is not None:
-        if module not in list(objective.model.modules()):
-            raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
-        return Entry(module=module)
+        return Entry(module=objective.model.get_submodule(module) if isinstance(module, str) else module)
     batch = objective.copied()
     inputs = batch_tensors(batch)
     with objective.at():

@@ -1,4 +1,4 @@
-"""Looking leaves nothing behind: the model, its gradients, buffers, hooks, random states and the batch are as before."""
+"""Looking leaves nothing behind: the model, its gradients, buffers, hooks, random states and the batch stay."""
 
 import contextlib
 import copy
@@ -225,9 +225,8 @@ class Found:
 
     def renormalised(self, parameter):
         """Whether an embedding with max_norm overwrites it in forward, which counts up its version, and no more."""
-        return any(
-            m.weight is parameter for m in self.model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None
-        )
+        norms = [m for m in self.model.modules() if isinstance(m, nn.Embedding) and m.max_norm is not None]
+        return any(module.weight is parameter for module in norms)
 
 
 def assert_equal(a, b):
@@ -303,9 +302,8 @@ def test_nothing_is_left_by_a_loss_that_raises(name, call, error):
         return value
 
     found = Found(model, batch, optimizer)
-    with pytest.raises((error, gradmon.Unavailable)):
+    with contextlib.suppress(error):  # or the error becomes the reason why some readings are missing
         ACTIONS["measure"](model, loss, batch, optimizer)
-        raise gradmon.Unavailable("the error became the reason of some readings")
     assert calls >= call
     found.check()
 
@@ -393,7 +391,7 @@ def test_the_surroundings_change_no_number_and_are_left_as_they_were(context):
 
 
 def test_batch_made_in_inference_mode():
-    model, _, optimizer = make("norm_and_dropout")
+    model = make("norm_and_dropout")[0]
     with torch.inference_mode():
         batch = regression()
         readings = gradmon.measure(model, mse, batch)

@@ -32,11 +32,11 @@ def conclude(view: View, runs: Sequence[Run], logdir: Path, reached: int, steps:
     view.say("")
     if reached < steps:
         view.say(f"Stopped after {reached} of {steps} steps. The verdict so far:", "title")
-    judged = 0
     for run in runs:
         verdict = judge(run.name, run.history)
-        if verdict is not None:
-            judged += 1
+        if verdict is None:
+            view.say(f"{run.name} has no numbers, so there is no verdict.", "title")
+        else:
             view.say(verdict.title, verdict.level)
             for reason in verdict.reasons:
                 view.say(f"  - {reason}")
@@ -45,8 +45,6 @@ def conclude(view: View, runs: Sequence[Run], logdir: Path, reached: int, steps:
         if run.monitor.failures:
             view.say(f"  The monitor failed: {dict(run.monitor.failures)}", "bad")
         view.say("")
-    if not judged:
-        view.say("No readings yet, so no verdict.\n")
     apart = differences(runs[0].history, runs[1].history)
     if apart:
         view.say(f"Furthest apart, {runs[0].name} against {runs[1].name}, medians over the run:", "title")

@@ -17,7 +17,7 @@ Level = Literal["good", "note", "bad"]
 
 _TITLES: dict[Level, str] = {
     "good": "is in good order: its gradient can be trusted.",
-    "note": "is in good order, with a note.",
+    "note": "raises no serious alert, but see below.",
     "bad": "is in trouble: its gradient cannot be trusted.",
 }
 _SEVERITIES = ("critical", "warning", "info")
@@ -29,7 +29,8 @@ class Verdict:
     """What is to be said about a run.
 
     Attributes:
-        level: ``good``, ``note`` (nothing worse than an alert of severity info) or ``bad``.
+        level: ``bad`` with a warning or critical alert; ``good`` without any, where numbers keep their limits and the
+            loss falls; ``note`` in between.
         title: One line.
         reasons: What says so.
         change: What to change; empty where nothing is wrong.
@@ -42,13 +43,17 @@ class Verdict:
 
 
 def judge(name: str, history: History) -> Verdict | None:
-    """The verdict on a run; None before its first reading."""
-    if not history.series:
+    """The verdict on a run; None where there is no number yet."""
+    if not _lost(history) and not any(map(history.values, known_metrics())):
         return None
-    serious = any(alert.severity != "info" for alert in history.active)
-    level: Level = "bad" if serious or _lost(history) else "note" if history.active else "good"
-    kept = _within(history) if level != "bad" else []
-    reasons = [_loss(history), *_firing(history), *_past(history), *kept, *_sources(history)]
+    kept = _within(history)
+    loss, falls = _loss(history)
+    if any(alert.severity != "info" for alert in history.active) or _lost(history):
+        level: Level = "bad"
+    else:
+        level = "good" if kept and falls and not history.active else "note"
+    sure = kept if level != "bad" else []
+    reasons = [loss, *_firing(history), *_past(history), *sure, *_sources(history)]
     return Verdict(level, f"{name} {_TITLES[level]}", tuple(reasons), " ".join(_remedies(history.active)))
 
 
@@ -73,20 +78,22 @@ def differences(first: History, second: History, most: int = 5) -> list[str]:
 
 def _lost(history: History) -> bool:
     loss = history.newest("loss")
-    return loss is not None and not math.isfinite(loss.value)
+    return loss is not None and (math.isinf(loss.value) or loss.reason == "non-finite gradient")
 
 
-def _loss(history: History) -> str:
+def _loss(history: History) -> tuple[str, bool]:
+    """Where the loss goes, and whether that is where it should."""
     if _lost(history):
-        return "The loss is no longer a finite number."
+        return "The loss or its gradient is no longer finite.", False
     values = history.values("loss")
     if len(values) < 2 * _FEW:
-        return "There are too few readings to say where the loss goes."
+        return "There are too few readings to say where the loss goes.", True
     before, after = median(values[:_FEW]), median(values[-_FEW:])
-    verb = "falls" if after < 0.6 * before else "falls slowly" if after < 0.85 * before else "hardly falls"
-    if after > before:
-        verb = "does not fall"
-    return f"The loss {verb}: {number(before)} at first, {number(after)} in the end."
+    if after > 0.85 * before:
+        verb = "does not fall" if after >= before else "hardly falls"
+    else:
+        verb = "falls" if after < 0.6 * before else "falls slowly"
+    return f"The loss {verb}: {number(before)} at first, {number(after)} in the end.", after <= 0.85 * before
 
 
 def _firing(history: History) -> list[str]:
