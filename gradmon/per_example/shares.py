@@ -30,8 +30,6 @@ class Pass:
 
     Attributes:
         gradient: The batch loss and its gradient.
-        x: The examples' inputs, examples first, (B, ...); None unless an entry was given.
-        x_gradient: ``B * dL/dx``, of x's shape.
     """
 
     def __init__(self, objective: Objective, capture: Capture, owners: list[list[Ownership]], loss: Tensor) -> None:
@@ -49,12 +47,19 @@ class Pass:
         flowing = iter(found[len(parameters) : len(parameters) + len(edges)])
         self._flows = [[next(flowing) for _ in use.outputs] for use in self._uses]
         self._targets = [[self._behind(behind) for _, behind in use.sources] for use in self._uses]
-        self.x, self.x_gradient = None, None
-        if capture.x is not None:
-            self.x = self._by_example(capture.x.values[0], owners[-1][0])
-            flow = found[-1]
-            self.x_gradient = torch.zeros_like(self.x) if flow is None else self._by_example(flow, owners[-1][0])
-            self.x_gradient = self.x_gradient * self._examples
+        self._x = None if capture.x is None else (capture.x.values[0], found[-1], owners[-1][0])
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """The examples' inputs x, examples first, (B, ...), and ``B dL/dx``.
+
+        Raises:
+            Unavailable: The inputs were not asked for, or the rows of x cannot be assigned to examples.
+        """
+        if self._x is None:
+            raise Unavailable("the inputs of the examples were not found")
+        value, flow, owner = self._x
+        x = self._by_example(value, owner)
+        return x, torch.zeros_like(x) if flow is None else self._by_example(flow, owner) * self._examples
 
     def _behind(self, behind: Tensor | GradientEdge) -> list[int]:
         """The positions of the parameters that something is made of."""

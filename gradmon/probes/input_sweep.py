@@ -22,11 +22,10 @@ def input_sweep(scene: Scene) -> InputSweep:
     Raises:
         Unavailable: The inputs cannot be found, or a gradient is not finite.
     """
-    engine, weights = scene.entered, scene.objective.weights
+    scene.entry  # noqa: B018 - says why where the inputs cannot be found
+    engine, weights = scene.shares, scene.objective.weights
     with engine.run() as taken:
-        x, gradients = taken.x, taken.x_gradient
-    if x is None or gradients is None:
-        raise Unavailable("the inputs cannot be found")
+        x, gradients = taken.inputs()
     point = InputPoint(x, gradients, lambda i, u: _pull(scene, engine, gradients, i, u), scene.generator())
     perturbations = scene.input_sampler.draw(point)
     count = min(len(x), scene.input_sampler.examples or len(x))
@@ -76,8 +75,7 @@ def _pull(scene: Scene, engine: PerExample, start: Tensor, example: int, u: Tens
     radius = _PULL_SCALE * length(weights.flatten(base)) / size
     moved = [value + part * radius for value, part in zip(base, weights.unflatten(u), strict=True)]
     with engine.run(values=moved) as taken:
-        found = taken.x_gradient
-    return torch.zeros_like(start[example]) if found is None else found[example] - start[example]
+        return taken.inputs()[1][example] - start[example]
 
 
 def _padded(rows: list[list[float]]) -> Tensor:

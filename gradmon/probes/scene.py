@@ -92,23 +92,25 @@ class Scene:
         return gradient
 
     @property
-    def shares(self) -> PerExample:
-        """Per-example passes."""
-        return self.once("shares", lambda: PerExample(self.objective))
-
-    @property
-    def entered(self) -> PerExample:
-        """Per-example passes that know the examples' inputs.
+    def entry(self) -> Entry:
+        """Where the examples' inputs enter.
 
         Raises:
-            Unavailable: The inputs cannot be found.
+            Unavailable: They cannot be found.
         """
+        return self.once("entry", lambda: find_entry(self.objective, self.input_module))
+
+    @property
+    def shares(self) -> PerExample:
+        """Per-example passes, with the examples' inputs where these can be found."""
 
         def make() -> PerExample:
-            entry: Entry = find_entry(self.objective, self.input_module)
-            return PerExample(self.objective, entry)
+            try:
+                return PerExample(self.objective, self.entry)
+            except Unavailable:
+                return PerExample(self.objective)
 
-        return self.once("entered", make)
+        return self.once("shares", make)
 
     def generator(self) -> torch.Generator:
         """A fresh source of randomness, the same for every sweep of this scene."""
