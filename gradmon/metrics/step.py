@@ -30,7 +30,9 @@ def step_ratio(step: Step) -> Value:
 def step_condition(pair: StepPair) -> Value:
     """`weight_condition` for the step that the optimizer took, from two consecutive batches.
 
-    ``||h(w + omega, chi') - h(w, chi)|| ||w|| / (||omega|| ||h(w, chi)||)``; at chi where there is no next batch.
+    ``||h(w + omega, chi') - h(w, chi)|| ||w|| / (||omega|| ||h(w, chi)||)``; at chi where there is no next batch. The
+    change of the batch is part of it, divided by the length of the step: compare a run with itself, not with one of
+    another learning rate.
 
     Range: >= 0, low is good. Source: Nelson 2022, Definition 2.5 with i != j, page 37.
 

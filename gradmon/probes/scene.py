@@ -63,7 +63,7 @@ class Scene:
                 self._seen[key] = error
         found = self._seen[key]
         if isinstance(found, Exception):
-            raise found
+            raise found.with_traceback(None)  # else it grows with everyone who asks
         return found
 
     def get(self, kind: type) -> Any:

@@ -231,8 +231,9 @@ def image_layer(draw, width):
         "group_norm": lambda: nn.GroupNorm(1, width),
         "instance_norm": lambda: nn.InstanceNorm2d(width, affine=True),
         "batch_norm": lambda: nn.BatchNorm2d(width),
+        # Contiguous again: torch 2.13 differentiates instance_norm wrongly where a single example is channels-last.
         "channels_last": lambda: Fold(
-            nn.Linear(width, width), lambda x: x.movedim(1, -1), lambda out, size: out.movedim(-1, 1)
+            nn.Linear(width, width), lambda x: x.movedim(1, -1), lambda out, size: out.movedim(-1, 1).contiguous()
         ),
     }
 

@@ -42,7 +42,7 @@ class Recipe:
         return f"{shape}, weights {self.gain:g} / sqrt(inputs), SGD at {self.learning_rate:g}"
 
 
-RECIPES = (Recipe("healthy", 2, 64, 1.0, 0.03), Recipe("ill-conditioned", 20, 32, 4.0, 0.05))
+RECIPES = (Recipe("healthy", 2, 64, 1.0, 0.02), Recipe("ill-conditioned", 20, 32, 4.0, 0.05))
 
 
 @dataclass(frozen=True)

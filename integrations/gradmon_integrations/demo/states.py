@@ -11,7 +11,7 @@ from gradmon._reading import Alert
 from gradmon.alerts import Above, Below, default_rules
 
 State = Literal["firing", "noted", "beyond", "fine", "free", "missing"]
-"""An alert is active; one of severity info is; past a limit, but not for long; within limits; without any; no number."""
+"""An alert is active; one of severity info is; past a limit, no alert yet; within limits; without any; no number."""
 
 
 class Limit(NamedTuple):
