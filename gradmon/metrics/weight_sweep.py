@@ -20,8 +20,9 @@ def weight_condition(sweep: WeightSweep) -> Value:
     ``max_k ||h_k - h_0|| ||w|| / (||omega_k|| ||h_0||)``, all four norms on the same coordinates; for perturbations
     that are taken together, the largest over their span.
 
-    Range: >= 0, low is good. It is a number at the scale s of the perturbations: where the gradient there has nothing in
-    common with h_0 any more, it is about 2/s, however much worse things are. Source: Nelson 2022, Definition 2.5 with i = j.
+    Range: >= 0, low is good. It is a number at the scale s of the perturbations: where the gradient there has nothing
+    in common with h_0 any more, it is about 2/s, however much worse things are. Source: Nelson 2022, Definition 2.5
+    with i = j.
 
     Raises:
         Unavailable: The gradient or all perturbations are zero, or rounding hides the change.

@@ -128,9 +128,12 @@ def test_krylov(problem):
     close(found["weight_cosine"], references.weight_cosine(h_0, seen.gradients), rtol=1e-6)
 
 
-def test_exact_products(case, problem):
-    if case.kinked or case.once_differentiable:
-        pytest.skip("no second derivative to compare with")
+SMOOTH = [case for case in zoo.CASES if not case.kinked and not case.once_differentiable]
+
+
+@pytest.mark.parametrize("case", SMOOTH, ids=lambda case: case.name)
+def test_exact_products(case):
+    problem = case.make(0, torch.float64)
     H = references.hessian(problem.model, problem.loss, problem.batch, problem.reduction)
     w = references.flat_weights(problem.model)
     h_0 = references.batch_gradient(problem.model, problem.loss, problem.batch, problem.reduction)

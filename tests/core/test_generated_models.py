@@ -4,6 +4,7 @@ import copy
 from typing import Any, NamedTuple
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
@@ -410,3 +411,66 @@ def test_generated_models():
     assert len(tried) > 100
     assert all(refused.values())
     assert len(refused) <= (1 - LEAST) * len(tried), refused
+
+
+# --- what no generator would come upon -----------------------------------------------------------------------------
+
+
+def zeroed(module):
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Reordered(nn.Module):
+    """The examples are sorted for a head that is still zero, and put back."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4), zeroed(nn.Linear(4, CLASSES))
+
+    def forward(self, x):
+        order = x[:, 0].argsort()
+        return self.head(torch.tanh(self.body(x))[order])[order.argsort()]
+
+
+class OneByOne(nn.Module):
+    """A loop over the examples."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+        self.shift, self.scale = nn.Parameter(torch.tensor(0.2)), nn.Parameter(torch.randn(CLASSES))
+        self.zero = zeroed(nn.Linear(3, 4, bias=False))
+
+    def forward(self, x):
+        return torch.stack([self.step(self, example) for example in x])
+
+
+LOOPS = {
+    "sorted for a zero head": Reordered,
+    "one by one, a shift": lambda: OneByOne(lambda m, x: (torch.tanh(x.sum()) + m.shift) * torch.ones(CLASSES)),
+    "one by one, a zero layer": lambda: OneByOne(lambda m, x: m.zero(x)[:CLASSES]),
+}
+
+
+@pytest.mark.parametrize(("name", "size"), [(name, 4) for name in LOOPS])
+@pytest.mark.xfail(strict=True, reason="rows of zeros and scalars are taken for rows in order, and for penalties")
+def test_rows_that_prove_nothing(name, size):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = LOOPS[name]().double()
+        batch = torch.randn(size, 3).double(), torch.randn(size, CLASSES).double()
+
+    def loss(model, batch):
+        return (model(batch[0]) - batch[1]).square().mean()
+
+    def term(model, batch, i):
+        return loss(model, (batch[0][i : i + 1], batch[1][i : i + 1])) / size
+
+    made = Made(model, loss, term, batch, "mean", False, name)
+    try:
+        H = gradmon.per_example_gradients(model, loss, batch)
+    except gradmon.Unavailable:
+        return
+    torch.testing.assert_close(H, by_loop(made), rtol=TIGHT, atol=1e-12)

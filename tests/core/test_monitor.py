@@ -749,6 +749,47 @@ def test_state_that_does_not_fit():
     assert monitor.steps == 0
 
 
+# --- numbers that must not be shown --------------------------------------------------------------------------------
+
+DIFFERENCES = ["weight_condition", "step_ratio", "step_share", "sharpness", "input_condition"]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="autocast's copies of the weights outlive a pass, and its rounding is not counted"
+)
+def test_loss_with_its_own_autocast():
+    model, batches = mlp(torch.float32), data(2, torch.float32)
+    options = {
+        "metrics": DIFFERENCES,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1.0),
+        "next_batch": batches[1],
+    }
+
+    def mixed(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return mse(model, batch)
+
+    exact = gradmon.measure(model, mse, batches[0], **options)
+    found = gradmon.measure(model, mixed, batches[0], **options)
+    for name in DIFFERENCES:
+        assert math.isnan(found[name].value) or found[name].value == pytest.approx(exact[name].value, rel=0.5), name
+
+
+@pytest.mark.xfail(strict=True, reason="whether a pass repeats itself is not checked where gradients are subtracted")
+def test_model_that_does_not_repeat_itself():
+    source = np.random.default_rng(0)
+
+    class Noisy(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x + 0.05 * torch.from_numpy(source.normal(size=x.shape)))
+
+    model, batches = Noisy(*mlp()), data(2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    options = {"metrics": DIFFERENCES, "optimizer": optimizer, "next_batch": batches[1]}
+    found = gradmon.measure(model, mse, batches[0], **options)
+    assert all(math.isnan(found[name].value) and found[name].reason for name in DIFFERENCES)
+
+
 # --- beginning and end ---------------------------------------------------------------------------------------------
 
 

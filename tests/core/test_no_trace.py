@@ -4,6 +4,9 @@ import contextlib
 import copy
 import math
 import random
+import subprocess
+import sys
+from collections import Counter, OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -481,6 +484,9 @@ NESTED = {
         lambda value: value.random(),
         lambda value: str(value.bit_generator.state),
     ),
+    "OrderedDict": (OrderedDict(), lambda value: value.setdefault(len(value), 1), len),
+    "Counter": (Counter(), lambda value: value.update("a"), lambda value: value["a"]),
+    "defaultdict": (defaultdict(list), lambda value: value["a"].append(1), lambda value: len(value["a"])),
     "torch generators": (
         [torch.Generator()],
         lambda value: torch.rand(1, generator=value[0]),
@@ -489,7 +495,14 @@ NESTED = {
 }
 
 
-@pytest.mark.parametrize("kind", NESTED)
+SUBCLASSES = pytest.mark.xfail(strict=True, reason="only lists, dictionaries and sets themselves are put back")
+KINDS = [
+    pytest.param(kind, marks=SUBCLASSES) if kind in ("OrderedDict", "Counter", "defaultdict") else kind
+    for kind in NESTED
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_a_module_holds_in_containers(kind):
     held, change, look = NESTED[kind]
     held = copy.deepcopy(held) if kind != "torch generators" else held
@@ -517,3 +530,23 @@ def test_buffer_whose_entries_share_their_memory():
     found = Found(model, batch, optimizer)
     assert ACTIONS["measure"](model, mse, batch, optimizer)["grad_norm"].value > 0
     found.check()
+
+
+CHANNELS_LAST = """
+import torch, gradmon
+from torch import nn
+layers = nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)
+model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64, 2)).to(memory_format=torch.channels_last)
+batch = torch.randn(3, 3, 6, 6).to(memory_format=torch.channels_last), torch.randn(3, 2)
+loss = lambda model, batch: (model(batch[0]) - batch[1]).square().mean()
+found = gradmon.measure(model, loss, batch)
+assert found["gradient_rank"].value > 0 or found["gradient_rank"].reason, found
+print("alive")
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="torch 2.13 ends the process where group_norm owes only its weights a gradient")
+def test_channels_last_group_norm_does_not_end_the_process():
+    done = subprocess.run([sys.executable, "-c", CHANNELS_LAST], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "alive"
