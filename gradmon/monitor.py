@@ -29,7 +29,7 @@ from gradmon.measure import check_input_module, check_options, choose_metrics, r
 from gradmon.metrics import Metric
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
-from gradmon.probes import PROBES, Scene, across, gradient_evidence, step_evidence
+from gradmon.probes import PROBES, Scene, StepWatch, Taken, across, gradient_evidence, step_evidence
 from gradmon.schedules import Schedule, every
 from gradmon.sinks import RunAware, Sink, make_sink
 
@@ -39,14 +39,6 @@ _LOG = logging.getLogger("gradmon")
 _T = TypeVar("_T")
 _PASSIVE = frozenset({"grad_norm", "param_norm", "update_ratio", "step_condition"})
 """The metrics that need no pass of their own."""
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """What an optimizer step started from: the weights, and in passive mode the gradients."""
-
-    values: list[Tensor]
-    gradients: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -138,8 +130,7 @@ class Monitor:
         self._readings: dict[str, Reading] = {}
         self._active: dict[tuple[str, str | None], Alert] = {}
         self._sinks: list[Sink] = []
-        self._hooks: list[Any] = []
-        self._taken: _Taken | None = None
+        self._watch: StepWatch | None = None
         self._pending: _Pending | None = None
         self._closed = os.environ.get("GRADMON_DISABLED") == "1"
         if self._closed:
@@ -179,7 +170,7 @@ class Monitor:
         check_input_module(model, input_module)
         self._open(sinks)
         if optimizer is not None:
-            self._hooks.append(optimizer.register_step_pre_hook(self._before_step))
+            self._watch = StepWatch(optimizer, model, self._wants_step, loss is None, self._failed)
 
     def _open(self, sinks: Sink | str | Iterable[Sink | str] | None) -> None:
         if sinks is not None and not isinstance(sinks, (str, Sink, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -219,7 +210,7 @@ class Monitor:
             return
         self._step += 1
         began = time.perf_counter()
-        taken, self._taken = self._taken, None
+        taken = None if self._watch is None else self._watch.take()
         pending, self._pending = self._pending, None
         readings: list[Reading] = []
         if pending is not None:
@@ -234,14 +225,13 @@ class Monitor:
 
     def close(self) -> None:
         """Detach from the optimizer and close the sinks; a second call does nothing."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        if self._watch is not None:
+            self._watch.close()
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
             self._guarded(f"sink {type(sink).__name__}", sink.close, None)
         self._closed = True
-        self._taken = self._pending = None
+        self._pending = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -292,7 +282,7 @@ class Monitor:
         self._active = {(alert.rule, alert.layer): alert for alert in alerts}
         self._readings = {name: Reading(*reading) for name, reading in state["readings"].items()}
 
-    def _probed(self, batch: Batch, taken: _Taken | None) -> list[Reading]:
+    def _probed(self, batch: Batch, taken: Taken | None) -> list[Reading]:
         """The readings of a probe; where it fails as a whole, NaN with the error for every metric."""
         try:
             return self._probe(batch, taken)
@@ -304,41 +294,14 @@ class Monitor:
     def _is_due(self, step: int) -> bool:
         return self._guarded("schedule", lambda: bool(self._schedule(step)), False)
 
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Keep the weights, and in passive mode the gradients, that a scheduled step starts from."""
-        if not self._is_due(self._step + 1) and not (self._pending is not None and self._loss is None):
-            return None
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        self._taken = taken = self._guarded("optimizer hook", lambda: self._keep(optimizer, closure is not None), None)
-        if closure is None or taken is None or self._loss is not None:
-            return None
-
-        def watched() -> Any:
-            """The closure; its first call makes the gradient at the weights before the step."""
-            value = closure()
-            if not taken.gradients:
-                taken.gradients.extend(self._guarded("optimizer hook", lambda: self._grads(optimizer), []))
-            return value
-
-        return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
-
-    def _keep(self, optimizer: Optimizer, later: bool) -> _Taken | None:
-        overflow: Any = getattr(optimizer, "found_inf", None)
-        if overflow is not None and float(overflow) > 0:
-            return None  # a fused optimizer is about to skip this step
-        values = [parameter.detach().clone() for parameter in trainable(self._model).values()]
-        return _Taken(values, [] if later or self._loss is not None else self._grads(optimizer))
-
-    def _grads(self, optimizer: Optimizer) -> list[Tensor | None]:
-        """The gradients that the optimizer is about to use, without the scale that a fused one takes off itself."""
-        scale: Any = getattr(optimizer, "grad_scale", None)
-        found = [None if p.grad is None else p.grad.detach().clone() for p in trainable(self._model).values()]
-        return found if scale is None else [None if g is None else g / scale.to(g.device) for g in found]
+    def _wants_step(self) -> bool:
+        """Whether the coming step is to be kept: a scheduled one, and in passive mode the one after it."""
+        return self._is_due(self._step + 1) or (self._pending is not None and self._loss is None)
 
     def _layout(self) -> Weights:
         return Weights(self._model, None if self._mask is None else self._mask.picks(self._model))
 
-    def _probe(self, batch: Batch, taken: _Taken | None) -> list[Reading]:
+    def _probe(self, batch: Batch, taken: Taken | None) -> list[Reading]:
         layout = self._layout()
         if self._loss is None:
             return self._look_passively(layout, taken)
@@ -377,7 +340,7 @@ class Monitor:
             self._pending = _Pending(self._step, scene.get(Step), scene.objective.base, after, waiting, state)
         return readings
 
-    def _finish(self, pending: _Pending, batch: Batch, taken: _Taken | None) -> list[Reading]:
+    def _finish(self, pending: _Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """The numbers of the last probed step that compare with the batch after it."""
         layout = self._layout()
         if self._loss is None:
@@ -395,7 +358,7 @@ class Monitor:
             readings += self._read(metric, lambda w=whole: w, pending.number)
         return readings
 
-    def _look_passively(self, layout: Weights, taken: _Taken | None) -> list[Reading]:
+    def _look_passively(self, layout: Weights, taken: Taken | None) -> list[Reading]:
         """What the training's own gradients and steps reveal, as they are when the optimizer steps."""
         if taken is None:
             reason = "no optimizer step was taken"

@@ -22,6 +22,8 @@ from gradmon.probes.scene import Scene as Scene
 from gradmon.probes.step import across as across
 from gradmon.probes.step import step, step_pair
 from gradmon.probes.step import step_evidence as step_evidence
+from gradmon.probes.watch import StepWatch as StepWatch
+from gradmon.probes.watch import Taken as Taken
 from gradmon.probes.weight_sweep import curvature, scaled_sweep, weight_sweep
 
 PROBES: dict[type, Probe] = {
