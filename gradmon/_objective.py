@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gradmon._batches import example_count, map_tensors
 from gradmon._errors import ArgumentError, Unavailable
-from gradmon._parameters import Weights
+from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import Sandbox
 from gradmon._snapshot import RandomState, modules_behind
 from gradmon._types import Batch, Loss, Reduction
@@ -62,14 +63,15 @@ class Objective:
             raise ArgumentError("loss", "be callable as loss(model, batch)", type(loss).__name__)
         if reduction not in ("mean", "sum"):
             raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
-        self.model = model
+        self.model = unwrapped(model)
         self.loss = loss
         self.batch = batch
         self.weights = weights
         self.reduction: Reduction = reduction
         self.base = list(base) if base is not None else [parameter.data for parameter in weights.parameters]
         self.examples = example_count(batch)
-        self.sandbox = Sandbox(model, weights.parameters, list(modules_behind(loss)), random)
+        self.epsilon = weights.epsilon
+        self.sandbox = Sandbox(self.model, weights.parameters, list(modules_behind(loss)), random)
 
     def __enter__(self) -> Objective:
         self.sandbox.__enter__()
@@ -109,6 +111,14 @@ class Objective:
         """The gradient at some weights (the base ones if None), on the batch or another one."""
         with self.at(values):
             loss = self.evaluate(self.copied(batch))
+            return self.collect(loss, self._differentiate(loss))
+
+    def gauge(self) -> Gradient:
+        """The gradient at the base weights; `epsilon` becomes that of the coarsest type that is met on the way."""
+        with self.at():
+            with _Coarsest(self.epsilon) as seen:
+                loss = self.evaluate()
+            self.epsilon = seen.epsilon
             return self.collect(loss, self._differentiate(loss))
 
     def product(self, direction: Sequence[Tensor]) -> list[Tensor]:
@@ -157,6 +167,22 @@ class Objective:
             raise Unavailable(
                 "reentrant checkpointing knows no torch.autograd.grad: set use_reentrant=False"
             ) from error
+
+
+class _Coarsest(TorchFunctionMode):
+    """Notes the coarsest floating type that a call returns."""
+
+    def __init__(self, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point() and result.requires_grad:
+            self.epsilon = max(self.epsilon, torch.finfo(result.dtype).eps)
+        return result
 
 
 def dense(part: Tensor | None, parameter: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError("model", "be a torch.nn.Module", type(model).__name__)
+    model = unwrapped(model)
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in found.items():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -29,6 +30,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     if not found:
         raise ArgumentError("model", "have at least one trainable parameter", "none")
     return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside a `DistributedDataParallel`, whose forward pass talks to other ranks; else the model itself."""
+    return model.get_submodule("module") if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def check_trains(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

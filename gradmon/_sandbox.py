@@ -97,6 +97,7 @@ class Sandbox:
         before = [(parameter, parameter.data) for parameter in self._everything]
         self._modules.restore()
         self.random.restore()
+        torch.clear_autocast_cache()  # a loss with an autocast of its own would go on with copies of other weights
         try:
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data = value.detach().clone()
@@ -104,6 +105,7 @@ class Sandbox:
                 parameter.data = parameter.data.clone()
             yield
         finally:
+            torch.clear_autocast_cache()
             for parameter, data in before:
                 parameter.data = data
 

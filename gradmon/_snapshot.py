@@ -58,9 +58,10 @@ class ModuleState:
             elif isinstance(value, Tensor):
                 if not isinstance(value, nn.Parameter) and value.grad_fn is None:
                     self._undo.append(functools.partial(_restore_tensor, value, value.data, _apart(value.data).clone()))
-            elif type(value) in (list, dict, set, deque):
-                self._undo.append(functools.partial(_restore_container, value, copy.copy(value)))
-                waiting.extend(cast("Any", value).values() if isinstance(value, dict) else value)
+            elif isinstance(value, (list, dict, set, deque)):
+                many = cast("Any", value)
+                self._undo.append(functools.partial(_restore_container, many, copy.copy(many)))
+                waiting.extend(many.values() if isinstance(value, dict) else many)
             elif type(value) is tuple:
                 waiting.extend(cast("tuple[Any, ...]", value))
             elif (undo := _keeper(value)) is not None:

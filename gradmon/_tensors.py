@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,18 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The eigenvalues of a symmetric matrix, ascending, and its eigenvectors as columns."""
     values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(matrix))  # pyright: ignore[reportUnknownMemberType]
     return values, vectors
+
+
+def largest_eigenvalue(matrix: Tensor) -> float:
+    """The largest eigenvalue of a symmetric positive matrix, (n, n), float64; of a large one by Lanczos' method."""
+    count = len(matrix)
+    if count <= 512:
+        return float(eigh(matrix)[0][-1])
+    from scipy.sparse.linalg import eigsh  # pyright: ignore[reportMissingTypeStubs, reportUnknownVariableType]
+
+    start = torch.randn(count, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    find = cast("Any", eigsh)
+    return float(find(matrix.cpu().numpy(), k=1, which="LA", v0=start, return_eigenvectors=False)[0])
 
 
 def gram(rows: Tensor | Sequence[Tensor], weight: Tensor | None = None) -> Tensor:

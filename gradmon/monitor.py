@@ -214,10 +214,11 @@ class Monitor:
         pending, self._pending = self._pending, None
         readings: list[Reading] = []
         if pending is not None:
-            readings += self._guarded("next batch", lambda: self._finish(pending, batch, taken), [])
+            lost = [metric for metric, _ in pending.waiting]
+            readings += self._safely("next batch", lambda: self._finish(pending, batch, taken), lost, pending.number)
         due = self._is_due(self._step)
         if due:
-            readings += self._probed(batch, taken)
+            readings += self._safely("probe", lambda: self._probe(batch, taken), self._metrics, self._step)
             readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
@@ -282,14 +283,16 @@ class Monitor:
         self._active = {(alert.rule, alert.layer): alert for alert in alerts}
         self._readings = {name: Reading(*reading) for name, reading in state["readings"].items()}
 
-    def _probed(self, batch: Batch, taken: Taken | None) -> list[Reading]:
-        """The readings of a probe; where it fails as a whole, NaN with the error for every metric."""
+    def _safely(
+        self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int
+    ) -> list[Reading]:
+        """The readings of some metrics; where the look fails as a whole, NaN with the error for each."""
         try:
-            return self._probe(batch, taken)
+            return look()
         except Exception as error:
-            self._failed("probe", error)
+            self._failed(where, error)
             reason = f"{type(error).__name__}: {error}"
-            return [Reading(metric.name, math.nan, self._step, reason=reason) for metric in self._metrics]
+            return [Reading(metric.name, math.nan, step, reason=reason) for metric in metrics]
 
     def _is_due(self, step: int) -> bool:
         return self._guarded("schedule", lambda: bool(self._schedule(step)), False)
@@ -366,7 +369,7 @@ class Monitor:
         gradients = _filled(taken.gradients, layout)
         seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
         after = [parameter.detach() for parameter in layout.parameters]
-        step = step_evidence(layout, taken.values, after, layout.pick(gradients), None)
+        step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
         finite = math.isfinite(seen.gradient_norm)
 
         def gather(kinds: tuple[type, ...]) -> list[Any]:
@@ -459,4 +462,7 @@ def _checked_rules(alerts: Iterable[Rule] | None) -> list[Rule]:
     for rule in rules:
         if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("alerts", 'be "default" or rules with a name, callable with a reading', repr(rule))
+    names = Counter(rule.name for rule in rules)
+    if len(names) < len(rules):
+        raise ArgumentError("alerts", "be rules with different names", f"{names.most_common(1)[0][0]!r} twice")
     return rules

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._evidence import InputGradients, PerExampleGradients
-from gradmon._tensors import eigh
+from gradmon._tensors import largest_eigenvalue
 from gradmon.metrics._metric import Value
 
 
@@ -162,7 +162,7 @@ def _rank(gram: Tensor, total: int) -> float:
     squares = float(gram.trace())
     if squares == 0:
         raise Unavailable("zero gradient")
-    largest = float(eigh(gram / squares)[0][-1])
+    largest = largest_eigenvalue(gram / squares)
     return 1 / largest / noise_rank(total, len(gram))
 
 

@@ -59,7 +59,7 @@ def step_share(pair: StepPair) -> Value:
         Unavailable: There is no next batch, or nothing moves the gradient.
     """
     by_step, by_batch = _two_sources(pair)
-    return Value(by_step / (by_step + by_batch), _scale(pair.step))
+    return _difference(pair.step, by_step / (by_step + by_batch), math.sqrt(by_step))
 
 
 def batch_share(pair: StepPair) -> Value:
@@ -71,7 +71,10 @@ def batch_share(pair: StepPair) -> Value:
         Unavailable: There is no next batch, or nothing moves the gradient.
     """
     by_step, by_batch = _two_sources(pair)
-    return Value(by_batch / (by_step + by_batch), _scale(pair.step))
+    size, scale = pair.step.coordinates.norm(pair.step.gradient), _scale(pair.step)
+    # An absolute error: a batch that changes nothing beside a step that does has a share of 0.
+    error = resolution(pair.step.epsilon, size, math.sqrt(by_step + by_batch), 1.0)
+    return Value(by_batch / (by_step + by_batch), scale, trusted(error, scale))
 
 
 def update_ratio(step: Step) -> float:

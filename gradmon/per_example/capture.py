@@ -25,7 +25,8 @@ _CONSTANT = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand
 """Calls whose result does not depend on the contents of their argument."""
 _ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__"})
 """Calls through which a parameter passes unchanged, up to its sign: a penalty added to a loss."""
-_EMBEDDINGS: tuple[Callable[..., Any], ...] = (functional.embedding, functional.embedding_bag)
+_SPARSE: dict[Callable[..., Any], int] = {functional.embedding: 6, functional.embedding_bag: 7}
+"""The look-ups of integers, and the position of their argument `sparse`."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Use:
         outputs: The gradient edges of its outputs.
         values: The outputs themselves, detached, as they were when the call returned; then, likewise, the activations.
         call: How to make the call again; None where it overwrites what it is given.
+        made: What the sources are made of by other calls than this one, as it was; nothing for parameters themselves.
         origins: The positions in the batch of the tensors that went into it.
     """
 
@@ -73,6 +75,7 @@ class Use:
     outputs: list[GradientEdge]
     values: list[Tensor]
     call: Call | None = None
+    made: list[Tensor] = field(default_factory=list[Tensor])
     origins: frozenset[int] = frozenset()
 
     @property
@@ -150,7 +153,7 @@ class Capture(TorchFunctionMode):
             self._note(_results(name, args, result), origins, active, bool(made))
         else:
             result = self._use(func, name, args, kwargs, made, origins)
-        if func in _EMBEDDINGS and args and isinstance(args[0], Tensor) and id(args[0]) in self._made_of_batch:
+        if func in _SPARSE and args and isinstance(args[0], Tensor) and id(args[0]) in self._made_of_batch:
             result = self._embedded(result, self._made_of_batch[id(args[0])][1])
         return result
 
@@ -175,6 +178,13 @@ class Capture(TorchFunctionMode):
                 aliases[id(tensor)] = tensor.view_as(tensor)
                 sources.append((aliases[id(tensor)], tensor))
         args, kwargs = map_tensors((args, kwargs), lambda tensor: aliases.get(id(tensor), tensor))
+        if func in _SPARSE:  # an alias passes no sparse gradients on
+            args = (
+                *args[: _SPARSE[func]],
+                *((False,) if len(args) > _SPARSE[func] else ()),
+                *args[_SPARSE[func] + 1 :],
+            )
+            kwargs = {**kwargs, "sparse": False} if "sparse" in kwargs else kwargs
         others = {id(tensor): tensor for tensor in tensors((args, kwargs))}
         passive = {id(alias) for alias in aliases.values()}
         activations = [tensor for key, tensor in others.items() if key not in passive]
@@ -188,7 +198,8 @@ class Capture(TorchFunctionMode):
             values = [tensor.detach().clone() if self.keep else tensor.detach() for tensor in outputs]
             call = None if _in_place(name) else Call(func, args, kwargs, activations, versions, places)
             edges = [get_gradient_edge(tensor) for tensor in outputs]
-            self.uses.append(Use(name, sources, edges, [*values, *seen], call, origins))
+            derived = [t.detach().clone() for t in made if self.keep and not isinstance(t, nn.Parameter)]
+            self.uses.append(Use(name, sources, edges, [*values, *seen], call, derived, origins))
         self._note(results, origins, active=True, made=False)
         return result
 
@@ -212,7 +223,7 @@ class Capture(TorchFunctionMode):
         if self.delta is not None:
             x = x + self.delta
         self._made_of_batch[id(x)] = (x, origins)
-        self.x = Use("x", [], [get_gradient_edge(x)], [x.detach().clone()], None, origins)
+        self.x = Use("x", [], [get_gradient_edge(x)], [x.detach().clone()], origins=origins)
         return x
 
 

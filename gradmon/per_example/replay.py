@@ -182,4 +182,4 @@ def _by_example(tensor: Tensor, owner: Rows, examples: int) -> Tensor | None:
         return None
     together = tensor.index_select(owner.dim, torch.argsort(owner.owner, stable=True))
     shape = (*together.shape[: owner.dim], examples, rows // examples, *together.shape[owner.dim + 1 :])
-    return together.reshape(shape).movedim(owner.dim, 0)
+    return together.reshape(shape).movedim(owner.dim, 0).contiguous()

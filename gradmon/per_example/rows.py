@@ -89,7 +89,8 @@ def find_owners(
     """The owners of the rows of every use's outputs and activations, with x as a last use where it was asked for.
 
     Args:
-        run: A forward pass on a batch, under a `Capture` that keeps its values.
+        run: A forward pass on a batch, under a `Capture` that keeps its values, at weights among which no zero hides
+            what depends on what.
         batch: The batch.
         examples: The number of its examples, B.
 
@@ -102,28 +103,36 @@ def find_owners(
     uses = _uses(run(batch))
     if examples == 1:
         return uses, [[Spread()] * len(use.values) for use in uses]
+    # All orders of two examples commute, so that a third, the first once more, has to help.
+    index = torch.tensor([0, 1, 0]) if examples == 2 else torch.arange(examples)
+    looked = _looked(run, batch, index) if examples == 2 else uses
+    other = uses if examples == 2 else _looked(run, batch, torch.cat([index, index[:1]]))
+    if looked is None or not _alike(looked, uses):
+        raise Unavailable("the forward pass takes another course on three examples than on two")
     moves: list[tuple[Tensor, list[Use]]] = []
-    for order in _orders(examples):
-        moved = _uses(run(select_examples(batch, order)))
-        if [use.signature for use in uses] != [use.signature for use in moved]:
+    for order in _orders(len(index)):
+        moved = _looked(run, batch, index[order])
+        if moved is None or [use.signature for use in looked] != [use.signature for use in moved]:
             raise Unavailable("the forward pass takes another course when the examples come in another order")
         moves.append((order, moved))
-    wider = _wider(run, batch, examples, uses)
+    if any(use.made for use in looked):
+        _check_made(looked, _looked(run, batch, torch.cat([index[1:2], index[1:]])))
+    shapes = other if other is not None and _alike(looked, other) else None
     found: list[list[Ownership]] = []
-    for position, use in enumerate(uses):
-        shapes = [None] * len(use.values) if wider is None else [value.shape for value in wider[position].values]
-        found.append(
-            [
-                _owner(
-                    use.name,
-                    place >= len(use.outputs) or (use.additive and value.numel() == 1),
-                    value,
-                    [(order, moved[position].values[place]) for order, moved in moves],
-                    shape,
-                )
-                for place, (value, shape) in enumerate(zip(use.values, shapes, strict=True))
-            ]
-        )
+    for position, use in enumerate(looked):
+        owners: list[Ownership] = []
+        for place, value in enumerate(use.values):
+            seen = _Seen(
+                name=use.name,
+                output=place < len(use.outputs),
+                additive=use.additive,
+                value=value,
+                moves=[(order, moved[position].values[place]) for order, moved in moves],
+                other=None if shapes is None else shapes[position].values[place].shape,
+                examples=len(index),
+            )
+            owners.append(seen.owner(uses[position].values[place], examples))
+        found.append(owners)
     return uses, found
 
 
@@ -131,82 +140,133 @@ def _uses(capture: Capture) -> list[Use]:
     return capture.uses if capture.x is None else [*capture.uses, capture.x]
 
 
-def _wider(run: Callable[[Batch], Capture], batch: Batch, examples: int, uses: list[Use]) -> list[Use] | None:
-    """The uses on a batch with the first example once more at its end; None where the model refuses that."""
-    index = torch.cat([torch.arange(examples), torch.zeros(1, dtype=torch.int64)])
+def _looked(run: Callable[[Batch], Capture], batch: Batch, index: Tensor) -> list[Use] | None:
+    """The uses on other examples; None where the model refuses them."""
     try:
-        wider = _uses(run(select_examples(batch, index)))
-    except Exception:  # a model may be built for one batch size: then the order of the rows alone must tell
+        return _uses(run(select_examples(batch, index)))
+    except Exception:  # a model may be built for one batch size, a batch may hold what cannot be selected from
         return None
-    same = len(wider) == len(uses) and all(
+
+
+def _alike(uses: list[Use], others: list[Use]) -> bool:
+    """Whether two passes on different numbers of examples make the same calls."""
+    return len(uses) == len(others) and all(
         use.name == other.name and [v.ndim for v in use.values] == [v.ndim for v in other.values]
-        for use, other in zip(uses, wider, strict=True)
+        for use, other in zip(uses, others, strict=True)
     )
-    return wider if same else None
+
+
+def _check_made(uses: list[Use], others: list[Use] | None) -> None:
+    """What is made of parameters alone must not change with the examples.
+
+    Raises:
+        Unavailable: It does: the batch came in by a way that was not seen.
+    """
+    if others is None or [use.signature for use in uses] != [use.signature for use in others]:
+        raise Unavailable("the forward pass takes another course on other examples")
+    for use, other in zip(uses, others, strict=True):
+        for before, after in zip(use.made, other.made, strict=True):
+            if before.shape != after.shape or not torch.equal(before, after):
+                raise Unavailable(f"what `{use.name}` is given depends on the batch in a way that is not seen")
 
 
 def _orders(n: int) -> list[Tensor]:
-    """A cycle through all examples, and the first two exchanged: together they generate every order.
-
-    All orders of two examples commute, so for two the second is the first example twice.
-    """
-    if n == 2:
-        return [torch.tensor([1, 0]), torch.tensor([0, 0])]
+    """A cycle through all examples, and the first two exchanged: together they generate every order."""
     course = torch.randperm(n, generator=torch.Generator().manual_seed(n))
     cycle = torch.empty(n, dtype=torch.int64)
     cycle[course] = course.roll(1)
     return [cycle, torch.tensor([1, 0, *range(2, n)])]
 
 
-def _owner(
-    name: str, may_spread: bool, value: Tensor, moves: list[tuple[Tensor, Tensor]], wider: torch.Size | None
-) -> Ownership:
-    examples = len(moves[0][0])
-    sizes = value.shape
-    if wider is None:
-        dims = [dim for dim, size in enumerate(sizes) if size and size % examples == 0]
-    else:
-        dims = [dim for dim, size in enumerate(sizes) if size != wider[dim]]
-    if not dims:
-        if may_spread:
+@dataclass(frozen=True)
+class _Seen:
+    """One output or activation of a use in all passes.
+
+    Attributes:
+        name: The called function.
+        output: Whether it is an output.
+        additive: Whether the call only adds.
+        value: As it was.
+        moves: As it was with the examples in other orders, with these orders.
+        other: Its shape with another number of examples; None where the model refuses that.
+        examples: The number of examples.
+    """
+
+    name: str
+    output: bool
+    additive: bool
+    value: Tensor
+    moves: list[tuple[Tensor, Tensor]]
+    other: torch.Size | None
+    examples: int
+
+    def owner(self, own: Tensor, count: int) -> Ownership:
+        """The ownership of the value in the batch's own pass, with its own number of examples."""
+        dims = self._dims()
+        if isinstance(dims, Unknown):
+            return dims
+        if not dims:
+            return self._apart()
+        several = self.other is not None and len(dims) > 1
+        if several and any(self.value.shape[dim] != self.examples for dim in dims):
+            return Unknown(f"the output of `{self.name}` has the examples along several dimensions")
+        if several:
+            candidates = [(self._worst(dims, 1), dims[0], 1)]
+        else:
+            candidates = [
+                (self._worst([dim], inner), dim, inner)
+                for dim in dims
+                for inner in _divisors(self.value.shape[dim] // self.examples)
+            ]
+        candidates.sort()
+        best, dim, inner = candidates[0]
+        if not best <= self._epsilon**0.375:
+            return Unknown(f"the rows of the output of `{self.name}` do not follow the order of the examples")
+        if len(candidates) > 1 and candidates[1][0] <= 4 * (best + self._epsilon):
+            return Unknown(f"the rows of the output of `{self.name}` look alike, so that their examples cannot be told")
+        index = torch.arange(own.shape[dim], device=own.device)
+        return Rows(dim, index // inner % count)
+
+    @property
+    def _epsilon(self) -> float:
+        known = self.value.is_floating_point() or self.value.is_complex()
+        return torch.finfo(self.value.dtype).eps if known else 0.0
+
+    def _dims(self) -> list[int] | Unknown:
+        """The dimensions that may hold the examples."""
+        sizes, other, n = self.value.shape, self.other, self.examples
+        if other is None:
+            return [dim for dim, size in enumerate(sizes) if size and size % n == 0]
+        dims = [dim for dim, size in enumerate(sizes) if size != other[dim]]
+        # Either pass may be the one with an example more.
+        for dim in dims:
+            rows = abs(other[dim] - sizes[dim])
+            if sizes[dim] != rows * n:
+                return Unknown(f"the output of `{self.name}` has no fixed number of rows per example")
+        return dims
+
+    def _apart(self) -> Ownership:
+        """The ownership of what has no rows: an activation is shared by all, an output only if it is a sum over all."""
+        if not self.output:
             return Spread()
-        return Unknown(f"`{name}` uses a parameter where the examples are no longer apart")
-    if wider is not None and any(sizes[d] % examples or wider[d] * examples != sizes[d] * (examples + 1) for d in dims):
-        return Unknown(f"the output of `{name}` has no fixed number of rows per example")
-    if wider is not None and len(dims) > 1:
-        if any(sizes[dim] != examples for dim in dims):
-            return Unknown(f"the output of `{name}` has the examples along several dimensions")
-        candidates = [(_worst(value, moves, dims, 1), dims[0], 1)]
-    else:
-        candidates = [
-            (_worst(value, moves, [dim], inner), dim, inner)
-            for dim in dims
-            for inner in _divisors(sizes[dim] // examples)
-        ]
-    candidates.sort()
-    best, dim, inner = candidates[0]
-    epsilon = torch.finfo(value.dtype).eps if value.is_floating_point() or value.is_complex() else 0.0
-    if not best <= epsilon**0.375:
-        return Unknown(f"the rows of the output of `{name}` do not follow the order of the examples")
-    if len(candidates) > 1 and candidates[1][0] <= 4 * (best + epsilon):
-        return Unknown(f"the rows of the output of `{name}` look alike, so that their examples cannot be told")
-    index = torch.arange(sizes[dim], device=value.device)
-    return Rows(dim, index // inner % examples)
+        still = all(_distance(moved, self.value, self.value) <= self._epsilon**0.375 for _, moved in self.moves)
+        if self.additive and self.value.numel() == 1 and still:
+            return Spread()
+        return Unknown(f"`{self.name}` uses a parameter where the examples are no longer apart")
+
+    def _worst(self, dims: list[int], inner: int) -> float:
+        """How far the rows are from following the examples, in the worst of the orders."""
+        worst = 0.0
+        for order, moved in self.moves:
+            expected = self.value
+            for dim in dims:
+                expected = expected.index_select(dim, _source(self.value.shape[dim], inner, order, self.value))
+            worst = max(worst, _distance(moved, expected, self.value))
+        return worst
 
 
 def _divisors(n: int) -> Sequence[int]:
     return [k for k in range(1, n + 1) if n % k == 0]
-
-
-def _worst(value: Tensor, moves: list[tuple[Tensor, Tensor]], dims: list[int], inner: int) -> float:
-    """How far the rows are from following the examples, in the worst of the orders."""
-    worst = 0.0
-    for order, moved in moves:
-        expected = value
-        for dim in dims:
-            expected = expected.index_select(dim, _source(value.shape[dim], inner, order, value))
-        worst = max(worst, _distance(moved, expected, value))
-    return worst
 
 
 def _source(size: int, inner: int, order: Tensor, like: Tensor) -> Tensor:

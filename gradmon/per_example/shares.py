@@ -110,7 +110,12 @@ class Pass:
             outputs.append(edge)
             seeds.append(_restrict(flow, owner, example, self._examples))
         aliases = [alias for alias, _ in use.sources]
-        return _differentiate(outputs, aliases, seeds) if outputs else [None] * len(aliases)
+        if not outputs:
+            return [None] * len(aliases)
+        # Some kernels end the process where the weights' gradient is wanted without the input's (group_norm, memory
+        # in channels-last order): there the input's is asked for too, and not used.
+        more = use.call.activations if use.call is not None and use.name == "group_norm" else []
+        return _differentiate(outputs, [*aliases, *(a for a in more if a.requires_grad)], seeds)[: len(aliases)]
 
     def _add(self, total: list[Tensor], piece: Tensor, behind: Tensor | GradientEdge, positions: list[int]) -> None:
         parameters = self._objective.weights.parameters
@@ -189,6 +194,13 @@ class Pass:
                 raise Unavailable(f"the examples' gradients of `{name}` do not add up to its batch gradient")
 
 
+def _without_zeros(value: Tensor) -> Tensor:
+    """The weights with small positive numbers in the place of zeros, which would hide what depends on what."""
+    noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value) + 0.5
+    size = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
+    return torch.where(value == 0, noise * (0.1 * size if size > 0 else 0.1), value)
+
+
 def _agrees(found: Tensor, expected: Tensor, size: float) -> bool:
     """Whether two gradients are the same up to rounding, at the size of what was added up."""
     return length(wide(found) - wide(dense(expected, found))) <= size * torch.finfo(found.dtype).eps ** 0.5
@@ -237,7 +249,8 @@ class PerExample:
         self._checked = False
 
     def _look(self, batch: Batch) -> Capture:
-        with self._objective.at(), Still():
+        values = [_without_zeros(value) for value in self._objective.base]
+        with self._objective.at(values), Still():
             return self._forward(self._objective.copied(batch), None, keep=True)[0]
 
     def _forward(self, batch: Batch, delta: Tensor | None, *, keep: bool) -> tuple[Capture, Tensor]:

@@ -56,7 +56,7 @@ def input_sweep(scene: Scene) -> InputSweep:
         gradient_norms=torch.tensor(sizes, dtype=torch.float64),
         perturbation_norms=_padded(lengths),
         difference_norms=_padded(changes),
-        epsilon=max(weights.epsilon, torch.finfo(x.dtype).eps),
+        epsilon=max(scene.epsilon, torch.finfo(x.dtype).eps),
     )
 
 

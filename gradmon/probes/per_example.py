@@ -36,7 +36,7 @@ def per_example(scene: Scene) -> PerExampleGradients:
         seen=rows.any(0),
         total=weights.total,
         micro_batches=scene.micro_batches,
-        epsilon=weights.epsilon,
+        epsilon=scene.objective.epsilon,
     )
 
 

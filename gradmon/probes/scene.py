@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from gradmon._errors import Unavailable
 from gradmon._objective import Gradient, Objective
+from gradmon._tensors import length, wide
 from gradmon._types import Batch, Derivative
 from gradmon.per_example import Entry, PerExample, find_entry
 from gradmon.perturbations.inputs import Ascent, InputSampler
@@ -85,11 +87,28 @@ class Scene:
         return self.once("gradient", self._gradient)
 
     def _gradient(self) -> Gradient:
-        gradient = self.objective.gradient()
+        gradient = self.objective.gauge()
         finite = all(bool(torch.isfinite(part).all()) for part in gradient.parts)
         if not finite or gradient.loss != gradient.loss or abs(gradient.loss) == float("inf"):
             raise Unavailable("non-finite gradient")
         return gradient
+
+    @property
+    def epsilon(self) -> float:
+        """By how much, relative to its norm, a gradient can be off.
+
+        The rounding of the coarsest type in use, or, where it is larger, the difference when the gradient is taken once
+        more: of a pass that draws from a source of randomness that is not known here, no difference means anything.
+        """
+        return self.once("epsilon", self._epsilon)
+
+    def _epsilon(self) -> float:
+        first, again = self.gradient.parts, self.objective.gradient().parts
+        size = math.sqrt(sum(length(part) ** 2 for part in first))
+        gap = math.sqrt(sum(length(wide(a) - wide(b)) ** 2 for a, b in zip(first, again, strict=True)))
+        if not math.isfinite(gap):
+            raise Unavailable("the forward pass does not repeat itself")
+        return max(self.objective.epsilon, gap / size if size > 0 else 0.0)
 
     @property
     def entry(self) -> Entry:

@@ -26,11 +26,17 @@ def step(scene: Scene) -> Step:
     objective, weights = scene.objective, scene.objective.weights
     after = scene.once("after", lambda: _after(scene))
     moved = weights.pick(objective.gradient(after).parts)
-    return step_evidence(weights, objective.base, after, weights.pick(scene.gradient.parts), moved)
+    gradient = weights.pick(scene.gradient.parts)
+    return step_evidence(weights, objective.base, after, gradient, moved, scene.epsilon)
 
 
 def step_evidence(
-    weights: Weights, before: Sequence[Tensor], after: Sequence[Tensor], gradient: Tensor, moved: Tensor | None
+    weights: Weights,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    gradient: Tensor,
+    moved: Tensor | None,
+    epsilon: float,
 ) -> Step:
     """The evidence of a step.
 
@@ -40,6 +46,7 @@ def step_evidence(
         after: ``w + omega``, one tensor per parameter.
         gradient: ``h(w, chi)``, (k,).
         moved: ``h(w + omega, chi)``, (k,); None where it was not taken.
+        epsilon: The relative rounding error of one number.
     """
     start = working(weights.flatten(before))
     omega = working(weights.flatten(after)) - start
@@ -55,7 +62,7 @@ def step_evidence(
         layer_update_ratios={
             layer: math.sqrt(steps[layer] / square) for layer, square in squares.items() if square > 0
         },
-        epsilon=weights.epsilon,
+        epsilon=epsilon,
     )
 
 

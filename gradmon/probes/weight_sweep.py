@@ -128,7 +128,7 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
         gradients=torch.stack(gradients),
         differences=torch.stack(differences),
         scales=tuple(scales),
-        epsilon=weights.epsilon,
+        epsilon=scene.epsilon,
         exact=exact,
         combination=best,
     )
@@ -149,7 +149,7 @@ def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
     size = weights.full.norm(omega) * weights.full.norm(reflected) + weights.full.norm(probe) * weights.full.norm(
         product
     )
-    if abs(there - back) > 10 * weights.epsilon**0.5 * size:
+    if abs(there - back) > 10 * scene.epsilon**0.5 * size:
         raise Unavailable("no exact product: the second derivative of some function of the model is wrong")
 
 

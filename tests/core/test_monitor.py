@@ -754,9 +754,6 @@ def test_state_that_does_not_fit():
 DIFFERENCES = ["weight_condition", "step_ratio", "step_share", "sharpness", "input_condition"]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="autocast's copies of the weights outlive a pass, and its rounding is not counted"
-)
 def test_loss_with_its_own_autocast():
     model, batches = mlp(torch.float32), data(2, torch.float32)
     options = {
@@ -775,7 +772,6 @@ def test_loss_with_its_own_autocast():
         assert math.isnan(found[name].value) or found[name].value == pytest.approx(exact[name].value, rel=0.5), name
 
 
-@pytest.mark.xfail(strict=True, reason="whether a pass repeats itself is not checked where gradients are subtracted")
 def test_model_that_does_not_repeat_itself():
     source = np.random.default_rng(0)
 
