@@ -243,7 +243,10 @@ class Monitor:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on as if it had not stopped, as plain types."""
+        """What a resumed run needs to go on, as plain types.
+
+        Numbers that wait for the next batch are not part of it: those of a step probed right before are lost.
+        """
         if not hasattr(self, "_rules"):
             return {}
         return {
