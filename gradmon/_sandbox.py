@@ -20,7 +20,9 @@ class Sandbox:
 
     Inside, autocast and TF32 are off and compiled models run eagerly, so that differences of gradients mean
     something. Every pass starts from the random states and buffers that were found on entry, and runs on copies of
-    the weights, so that layers which change their weights in forward change the copies.
+    the weights, so that layers which change their weights in forward change the copies. Frozen weights that outweigh
+    the trainable ones tenfold (a backbone under adapters) are not copied, but for those of embeddings with a maximal
+    norm.
 
     Args:
         model: The model.
@@ -46,6 +48,7 @@ class Sandbox:
         with contextlib.ExitStack() as stack:
             held = [p for module in (self.model, *self._others) for p in module.parameters()]
             self._everything = list({id(p): p for p in [*self.parameters, *held]}.values())
+            self._frozen = self._copied()
             self._held = [(p, p.data, p.grad, p.requires_grad, p._backward_hooks) for p in self._everything]
             self._found = RandomState()
             self._modules = ModuleState([self.model, *self._others])
@@ -70,6 +73,16 @@ class Sandbox:
     ) -> None:
         self._exit.close()
 
+    def _copied(self) -> list[nn.Parameter]:
+        """The frozen parameters that every pass gets copies of."""
+        trained = {id(parameter) for parameter in self.parameters}
+        frozen = [parameter for parameter in self._everything if id(parameter) not in trained]
+        if sum(p.numel() for p in frozen) <= 10 * sum(p.numel() for p in self.parameters):
+            return frozen
+        modules = [module for root in (self.model, *self._others) for module in root.modules()]
+        limited = [p for m in modules if getattr(m, "max_norm", None) is not None for p in m.parameters(recurse=False)]
+        return [parameter for parameter in limited if id(parameter) not in trained]
+
     def _restore(self) -> None:
         for parameter, data, grad, requires_grad, hooks in self._held:
             parameter.data = data
@@ -92,8 +105,6 @@ class Sandbox:
         Args:
             values: One tensor per trainable parameter, of its shape.
         """
-        trained = {id(parameter) for parameter in self.parameters}
-        frozen = [parameter for parameter in self._everything if id(parameter) not in trained]
         before = [(parameter, parameter.data) for parameter in self._everything]
         self._modules.restore()
         self.random.restore()
@@ -101,7 +112,7 @@ class Sandbox:
         try:
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data = value.detach().clone()
-            for parameter in frozen:
+            for parameter in self._frozen:
                 parameter.data = parameter.data.clone()
             yield
         finally:

@@ -542,3 +542,33 @@ def test_channels_last_group_norm_does_not_end_the_process():
     done = subprocess.run([sys.executable, "-c", CHANNELS_LAST], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "alive"
+
+
+class Momentum(nn.Module):
+    """A frozen twin that follows the trained layer in every forward pass, in place."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.trained, self.twin = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.backbone = nn.Linear(3, width)
+        self.twin.requires_grad_(False)
+        self.backbone.requires_grad_(False)
+
+    def forward(self, x):
+        for ours, theirs in zip(self.twin.parameters(), self.trained.parameters(), strict=True):
+            ours.data.mul_(0.9).add_(theirs.data, alpha=0.1)
+        return self.trained(x) + self.twin(x) + self.backbone(x).sum(1, keepdim=True)
+
+
+def test_a_frozen_twin_that_is_updated_in_forward():
+    model, batch = Momentum(2), regression()
+    before = copy.deepcopy(model.state_dict())
+    gradmon.measure(model, mse, batch, metrics=["weight_condition", "gradient_rank"])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_large_frozen_backbone_is_not_copied():
+    model, batch, pointers = Momentum(1000), regression(), set()
+    model.register_forward_hook(lambda module, args, output: pointers.add(module.backbone.weight.data_ptr()))
+    gradmon.measure(model, mse, batch, metrics=["weight_condition", "gradient_rank"])
+    assert pointers == {model.backbone.weight.data_ptr()}
