@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,20 +21,17 @@ from gradmon._parameters import Weights, check_trains, trainable
 from gradmon._reading import Alert, Reading
 from gradmon._snapshot import RandomState
 from gradmon._types import Batch, Derivative, Loss, Reduction
-from gradmon.alerts import Rule, default_rules
+from gradmon.alerts import Rule
 from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.measure import check_input_module, check_options, choose_metrics, readings_from
 from gradmon.metrics import Metric
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
 from gradmon.probes import PROBES, Scene, StepWatch, Taken, across, gradient_evidence, step_evidence
+from gradmon.publishing import Failures, Publisher
 from gradmon.schedules import Schedule, every
-from gradmon.sinks import RunAware, Sink, make_sink
+from gradmon.sinks import Sink
 
-_LOG = logging.getLogger("gradmon")
-
-
-_T = TypeVar("_T")
 _PASSIVE = frozenset({"grad_norm", "param_norm", "update_ratio", "step_condition"})
 """The metrics that need no pass of their own."""
 
@@ -125,15 +120,13 @@ class Monitor:
         layers: bool = False,
     ) -> None:
         self.run, self.rank = run, rank
-        self.failures: Counter[str] = Counter()
+        self.failures = Failures(run)
         self._step = 0
-        self._readings: dict[str, Reading] = {}
-        self._active: dict[tuple[str, str | None], Alert] = {}
-        self._sinks: list[Sink] = []
         self._watch: StepWatch | None = None
         self._pending: _Pending | None = None
-        self._closed = os.environ.get("GRADMON_DISABLED") == "1"
-        if self._closed:
+        self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
+        self._publisher = Publisher(None if self._disabled else alerts, self.failures)
+        if self._disabled:
             return
         check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
         check_seed(seed)
@@ -166,34 +159,20 @@ class Monitor:
         self._reduction: Reduction = reduction
         self._layers = layers
         self._metrics = _chosen(metrics, optimizer, loss)
-        self._rules = default_rules() if alerts == "default" else _checked_rules(alerts)
         check_input_module(model, input_module)
-        self._open(sinks)
+        self._publisher.open(sinks, run, rank)
         if optimizer is not None:
-            self._watch = StepWatch(optimizer, model, self._wants_step, loss is None, self._failed)
-
-    def _open(self, sinks: Sink | str | Iterable[Sink | str] | None) -> None:
-        if sinks is not None and not isinstance(sinks, (str, Sink, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("sinks", "be sinks or strings", repr(sinks))
-        try:
-            for sink in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
-                self._sinks.append(make_sink(sink))
-            for sink in self._sinks:
-                if isinstance(sink, RunAware):
-                    sink.bind(self.run, self.rank)
-        except BaseException:
-            self.close()
-            raise
+            self._watch = StepWatch(optimizer, model, self._wants_step, loss is None, self.failures.note)
 
     @property
     def readings(self) -> dict[str, Reading]:
         """The newest reading of each metric, by name; those of layers by ``"name/layer"``."""
-        return dict(self._readings)
+        return self._publisher.readings
 
     @property
     def alerts(self) -> list[Alert]:
         """The alerts that fire now, oldest first."""
-        return list(self._active.values())
+        return self._publisher.alerts
 
     @property
     def steps(self) -> int:
@@ -222,15 +201,13 @@ class Monitor:
             readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
-            self._publish(readings)
+            self._publisher.publish(readings)
 
     def close(self) -> None:
         """Detach from the optimizer and close the sinks; a second call does nothing."""
         if self._watch is not None:
             self._watch.close()
-        sinks, self._sinks = self._sinks, []
-        for sink in sinks:
-            self._guarded(f"sink {type(sink).__name__}", sink.close, None)
+        self._publisher.close()
         self._closed = True
         self._pending = None
 
@@ -247,15 +224,13 @@ class Monitor:
 
         Numbers that wait for the next batch are not part of it: those of a step probed right before are lost.
         """
-        if not hasattr(self, "_rules"):
+        if self._disabled:
             return {}
         return {
             "version": 1,
             "step": self._step,
             "mask": None if self._mask is None else self._mask.state_dict(),
-            "rules": {rule.name: rule.state_dict() for rule in self._rules if hasattr(rule, "state_dict")},  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-            "alerts": [list(alert) for alert in self._active.values()],
-            "readings": {name: list(reading) for name, reading in self._readings.items()},
+            **self._publisher.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -267,7 +242,7 @@ class Monitor:
         Raises:
             ArgumentError: The state comes from another version, or its mask does not fit.
         """
-        if not state or not hasattr(self, "_rules"):
+        if not state or self._disabled:
             return
         if state.get("version") != 1:
             raise ArgumentError("state", "be of version 1", state.get("version"))
@@ -279,12 +254,7 @@ class Monitor:
             self._mask = mask
         else:
             self._mask = None
-        for rule in self._rules:
-            if rule.name in state["rules"] and hasattr(rule, "load_state_dict"):
-                rule.load_state_dict(state["rules"][rule.name])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-        alerts = [Alert(*alert) for alert in state["alerts"]]
-        self._active = {(alert.rule, alert.layer): alert for alert in alerts}
-        self._readings = {name: Reading(*reading) for name, reading in state["readings"].items()}
+        self._publisher.load_state_dict(state)
 
     def _safely(
         self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int
@@ -293,12 +263,12 @@ class Monitor:
         try:
             return look()
         except Exception as error:
-            self._failed(where, error)
+            self.failures.note(where, error)
             reason = f"{type(error).__name__}: {error}"
             return [Reading(metric.name, math.nan, step, reason=reason) for metric in metrics]
 
     def _is_due(self, step: int) -> bool:
-        return self._guarded("schedule", lambda: bool(self._schedule(step)), False)
+        return self.failures.guard("schedule", lambda: bool(self._schedule(step)), False)
 
     def _wants_step(self) -> bool:
         """Whether the coming step is to be kept: a scheduled one, and in passive mode the one after it."""
@@ -406,38 +376,8 @@ class Monitor:
         except Unavailable as missing:
             return [Reading(metric.name, math.nan, step, reason=missing.reason)]
         except Exception as error:
-            self._failed(f"metric {metric.name}", error)
+            self.failures.note(f"metric {metric.name}", error)
             return [Reading(metric.name, math.nan, step, reason=f"{type(error).__name__}: {error}")]
-
-    def _publish(self, readings: Sequence[Reading]) -> None:
-        changes: list[Alert] = []
-        for reading in readings:
-            self._readings[reading.name if reading.layer is None else f"{reading.name}/{reading.layer}"] = reading
-            for rule in self._rules:
-                alert = self._guarded(f"alert {rule.name}", lambda a=rule, r=reading: a(r), None)
-                if alert is not None:
-                    changes.append(alert)
-        for sink in self._sinks:
-            self._guarded(f"sink {type(sink).__name__}", lambda s=sink: s.write(readings), None)
-        for alert in changes:
-            self._active.pop((alert.rule, alert.layer), None)
-            if alert.state == "firing":
-                self._active[(alert.rule, alert.layer)] = alert
-            for sink in self._sinks:
-                self._guarded(f"sink {type(sink).__name__}", lambda s=sink, a=alert: s.alert(a), None)
-
-    def _guarded(self, where: str, work: Callable[[], _T], otherwise: _T) -> _T:
-        """What the work returns; where it fails, that is noted, and the training goes on."""
-        try:
-            return work()
-        except Exception as error:
-            self._failed(where, error)
-            return otherwise
-
-    def _failed(self, where: str, error: Exception) -> None:
-        self.failures[where] += 1
-        if self.failures[where] == 1:
-            _LOG.error("%s: %s failed at step %d; training goes on", self.run, where, self._step, exc_info=error)
 
 
 def _filled(gradients: Sequence[Tensor | None], layout: Weights) -> list[Tensor]:
@@ -456,16 +396,3 @@ def _chosen(
         if loss is None and metric.name not in _PASSIVE:
             raise ArgumentError("loss", f"be given for `{metric.name}`, which takes passes of its own", None)
     return chosen
-
-
-def _checked_rules(alerts: Iterable[Rule] | None) -> list[Rule]:
-    if alerts is not None and not isinstance(alerts, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError("alerts", 'be "default" or rules', repr(alerts))
-    rules = [] if alerts is None else list(alerts)
-    for rule in rules:
-        if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("alerts", 'be "default" or rules with a name, callable with a reading', repr(rule))
-    names = Counter(rule.name for rule in rules)
-    if len(names) < len(rules):
-        raise ArgumentError("alerts", "be rules with different names", f"{names.most_common(1)[0][0]!r} twice")
-    return rules

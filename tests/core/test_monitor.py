@@ -13,7 +13,7 @@ from torch import nn
 import gradmon
 from gradmon import Metric, Monitor, Reading, Unavailable, every
 from gradmon._evidence import BatchGradient
-from gradmon.alerts import Above, NonFinite
+from gradmon.alerts import Above, NonFinite, default_rules
 from gradmon.sinks import MemorySink
 from tests import references
 
@@ -696,7 +696,7 @@ def test_resumed_run_reads_what_an_uninterrupted_one_reads(kind, tmp_path):
         model, sink = mlp(), MemorySink()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
         # Another seed than the saved one: the mask must come from the state.
-        rules = [Above("loss", 0.0, after=4), *gradmon.monitor.default_rules()]
+        rules = [Above("loss", 0.0, after=4), *default_rules()]
         options = {"metrics": "all", "schedule": every(2), "layers": True, "alerts": rules, "sinks": [sink]}
         return model, optimizer, sink, Monitor(model, optimizer, mse, mask=0.3, **options)
 
