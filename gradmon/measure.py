@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmon._batches import batch_tensors
-from gradmon._errors import ArgumentError, Unavailable
+from gradmon._errors import ArgumentError, PluginError, Unavailable
 from gradmon._evidence import Step, StepPair
 from gradmon._objective import Objective
 from gradmon._parameters import Weights, check_trains
@@ -137,10 +138,35 @@ def readings_from(metric: Metric, evidence: Sequence[Any], *, layers: bool, step
     return readings
 
 
-def known_metrics() -> Mapping[str, Metric]:
-    """The built-in metrics, and those that installed packages add under the entry point ``gradmon.metrics``."""
-    others = {name: load("gradmon.metrics", name) for name in entry_points_named("gradmon.metrics")}
-    return {**others, **METRICS}
+def find_metric(name: str) -> Metric:
+    """The built-in metric of a name, or the one that an installed package adds under the entry point `gradmon.metrics`.
+
+    Raises:
+        ArgumentError: There is none of that name.
+        PluginError: It cannot be imported, or is no metric.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    others = entry_points_named("gradmon.metrics")
+    if name not in others:
+        raise ArgumentError(
+            "metrics", f"be Metric objects or among {', '.join(sorted({*METRICS, *others}))}", repr(name)
+        )
+    found = load("gradmon.metrics", name)
+    if not isinstance(found, Metric):
+        raise PluginError(f"{others[name].value}, installed in `gradmon.metrics` as {name!r}, must be a Metric.")
+    return found
+
+
+def known_metrics() -> dict[str, Metric]:
+    """Every metric there is, by name; those of other packages that cannot be had are left out, and logged."""
+    found = dict(METRICS)
+    for name in entry_points_named("gradmon.metrics"):
+        try:
+            found[name] = find_metric(name)
+        except PluginError as error:
+            logging.getLogger("gradmon").warning("%s", error)
+    return found
 
 
 def choose_metrics(
@@ -159,12 +185,11 @@ def choose_metrics(
         ]
     if not isinstance(metrics, (str, Metric, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ArgumentError("metrics", "be names or Metric objects", repr(metrics))
-    known = known_metrics()
     chosen: list[Metric] = []
     for wanted in [metrics] if isinstance(metrics, (str, Metric)) else metrics:
-        metric = known.get(wanted) if isinstance(wanted, str) else wanted
-        if not isinstance(metric, Metric):
-            raise ArgumentError("metrics", f"be Metric objects or among {', '.join(sorted(known))}", repr(wanted))
+        metric = find_metric(wanted) if isinstance(wanted, str) else wanted
+        if not isinstance(metric, Metric):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("metrics", f"be Metric objects or among {', '.join(sorted(METRICS))}", repr(wanted))
         if optimizer is None and _steps(metric):
             raise ArgumentError("optimizer", f"be given for `{metric.name}`", None)
         chosen.append(metric)

@@ -1,9 +1,15 @@
+import sys
 from importlib.metadata import EntryPoint
 
 import pytest
+import torch
+from torch import nn
 
-from gradmon import _plugins
+import gradmon
+from gradmon import Metric, _plugins
 from gradmon._errors import PluginError
+from gradmon._evidence import BatchGradient
+from gradmon.measure import known_metrics
 from gradmon.sinks import MemorySink
 
 
@@ -65,3 +71,52 @@ def test_what_cannot_be_imported(install, value):
         PluginError, match=rf"is installed as {value}, but cannot be imported: .*no_such.* Install what"
     ):
         _plugins.load("gradmon.sinks", "x")
+
+
+def twice_the_loss(seen):
+    return 2 * seen.loss
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Packages that offer a metric, something that is none, and something that cannot be imported."""
+    metric = Metric("double", (BatchGradient,), twice_the_loss, "low", "nowhere")
+    things = {"double": metric, "nothing": object()}
+
+    def load(group, name):
+        if name not in things:
+            raise PluginError(f"{name} cannot be imported")
+        return things[name]
+
+    points = {name: EntryPoint(name, f"package:{name}", "gradmon.metrics") for name in ("double", "nothing", "broken")}
+    module = sys.modules["gradmon.measure"]  # `gradmon.measure` itself is the function
+    monkeypatch.setattr(module, "entry_points_named", lambda group: points)
+    monkeypatch.setattr(module, "load", load)
+
+
+def measured(metrics):
+    model = nn.Linear(2, 1)
+    return gradmon.measure(model, lambda m, x: m(x).square().mean(), torch.ones(3, 2), metrics=metrics)
+
+
+def test_a_metric_of_another_package_is_had_by_its_name(offered):
+    found = measured(["loss", "double"])
+    assert found["double"].value == 2 * found["loss"].value > 0
+
+
+def test_a_broken_package_hurts_only_who_asks_for_it(offered):
+    assert measured(["loss"])["loss"].value > 0
+    with pytest.raises(PluginError, match="broken cannot be imported"):
+        measured(["broken"])
+    with pytest.raises(PluginError, match="must be a Metric"):
+        measured(["nothing"])
+
+
+def test_what_there_is_leaves_the_broken_out(offered, caplog):
+    assert set(known_metrics()) == {*gradmon.METRICS, "double"}
+    assert len(caplog.records) == 2
+
+
+def test_an_unknown_metric_is_told_what_there_is(offered):
+    with pytest.raises(gradmon.ArgumentError, match=r"`metrics` must be Metric objects or among .*double.*Got 'lost'"):
+        measured(["lost"])
