@@ -91,7 +91,9 @@ def test_alerts_are_counted(sink):
     sink.alert(FIRING._replace(state="resolved", rule="never_fired"))
     assert value(sink, "gradmon_alerts_firing") == 1
     sink.alert(FIRING)
-    assert value(sink, "gradmon_alerts_total", rule="ill_conditioned", severity="warning") == 3
+    assert value(sink, "gradmon_alerts_total") == 3
+    assert value(sink, "gradmon_alert_ill_conditioned") == 2
+    assert value(sink, "gradmon_alert_never_fired") == 0
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Exporter:
         self.alerts_total = Counter(
             self._claim("alerts_total"),
             "How often an alert began to fire.",
-            (*RUN, "rule", "severity"),
+            RUN,
             registry=self._registry,
         )
         self._users = 0

@@ -24,8 +24,8 @@ class PrometheusSink:
     - ``gradmon_layer_<name>``: the readings of single layers, with the further label ``layer``;
     - ``gradmon_alerts_firing``, ``gradmon_last_probe_timestamp_seconds``, ``gradmon_last_step``.
 
-    The counter ``gradmon_alerts_total`` (further labels ``rule`` and ``severity``) also shows alerts that came and went
-    between two scrapes. The registry is the sink's own: what the program exports besides is not touched. All methods
+    ``gradmon_alert_<rule>`` is the number of layers (or the model as a whole) for which a rule fires now. The counter
+    ``gradmon_alerts_total`` also shows alerts that came and went between two scrapes. The registry is the sink's own: what the program exports besides is not touched. All methods
     may be called from any thread.
     """
 
@@ -131,11 +131,14 @@ class PrometheusSink:
             key = (alert.rule, alert.layer)
             if alert.state == "firing":
                 if key not in self._firing:
-                    self._exporter.alerts_total.labels(self._run, self._rank, alert.rule, alert.severity).inc()
+                    self._exporter.alerts_total.labels(self._run, self._rank).inc()
                 self._firing.add(key)
             else:
                 self._firing.discard(key)
             self._exporter.alerts_firing.labels(self._run, self._rank).set(len(self._firing))
+            # By name and not by label: every series of a run has the same two labels.
+            firing = sum(rule == alert.rule for rule, _ in self._firing)
+            self._child(f"alert_{alert.rule}", None).set(firing)
 
     def close(self) -> None:
         """Stop the server, unless a sibling still needs it."""
