@@ -25,8 +25,8 @@ class PrometheusSink:
     - ``gradmon_alerts_firing``, ``gradmon_last_probe_timestamp_seconds``, ``gradmon_last_step``.
 
     ``gradmon_alert_<rule>`` is the number of layers (or the model as a whole) for which a rule fires now. The counter
-    ``gradmon_alerts_total`` also shows alerts that came and went between two scrapes. The registry is the sink's own: what the program exports besides is not touched. All methods
-    may be called from any thread.
+    ``gradmon_alerts_total`` also shows alerts that came and went between two scrapes. The registry is the sink's own:
+    what the program exports besides is not touched. All methods may be called from any thread.
     """
 
     def __init__(self, port: int = 0, *, address: str = "127.0.0.1", run: str | None = None, rank: int = 0) -> None:
