@@ -54,8 +54,9 @@ def gradient_confusion(seen: PerExampleGradients) -> float:
         Unavailable: Batch of one, or fewer than two parts have a gradient.
     """
     blocks = _blocks(seen)
+    # A mean whose members cancel is rounding error, and so is its direction.
     sizes = blocks.diagonal().clamp_min(0).sqrt()
-    kept = sizes > 0
+    kept = sizes > 4 * seen.epsilon * _members(seen, len(blocks)).sqrt()
     if int(kept.sum()) < 2:
         raise Unavailable("zero gradient" if not bool(kept.any()) else "fewer than two micro-batches have a gradient")
     sizes, blocks = sizes[kept], blocks[kept][:, kept]
@@ -172,6 +173,12 @@ def _blocks(seen: PerExampleGradients) -> Tensor:
     parts = min(seen.micro_batches, len(seen.gram))
     size = len(seen.gram) // parts
     return seen.gram[: parts * size, : parts * size].reshape(parts, size, parts, size).mean((1, 3))
+
+
+def _members(seen: PerExampleGradients, parts: int) -> Tensor:
+    """The mean squared norm of the gradients within each part, (n,)."""
+    size = len(seen.gram) // parts
+    return seen.gram.diagonal()[: parts * size].reshape(parts, size).mean(1)
 
 
 def _nonzero(squares: float, total: float, seen: PerExampleGradients) -> None:

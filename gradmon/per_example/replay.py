@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from gradmon._tensors import length
+from gradmon._tensors import length, wide
 from gradmon.per_example.capture import Call, Use
 from gradmon.per_example.rows import Ownership, Rows, Spread
 
@@ -143,7 +143,7 @@ def linear(part: Cut, picks: Picks) -> list[Shares] | None:
             rows = (flow[:, :, None] * x[:, None, :]).flatten(1)
         else:
             rows = flow[:, pick // x.shape[1]] * x[:, pick % x.shape[1]]
-        size = math.sqrt(float(flow.double().square().sum(1) @ x.double().square().sum(1)))
+        size = math.sqrt(float(wide(flow).square().sum(1) @ wide(x).square().sum(1)))
         found.append(Shares(rows, flow.T @ x, torch.outer(flow[example], x[example]), size))
     return found
 

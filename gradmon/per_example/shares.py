@@ -197,7 +197,7 @@ class Pass:
 def _without_zeros(value: Tensor) -> Tensor:
     """The weights with small positive numbers in the place of zeros, which would hide what depends on what."""
     noise = torch.rand(value.shape, generator=torch.Generator().manual_seed(0)).to(value) + 0.5
-    size = float(value.double().square().mean().sqrt()) if value.numel() else 0.0
+    size = length(value) / max(1, value.numel()) ** 0.5
     return torch.where(value == 0, noise * (0.1 * size if size > 0 else 0.1), value)
 
 

@@ -346,3 +346,16 @@ def test_compiled_by_torchscript(make):
     h = gradmon.batch_gradient(model, mse, batch)
     np.testing.assert_allclose(h, by_loop(model, batch).mean(0), rtol=1e-9)
     right_or_unavailable(model, batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_micro_batches_that_cancel_have_no_direction(dtype):
+    # The loss is linear in w, so that h_i = x_i; the first two examples cancel but for the last digit.
+    x = 1 + torch.rand(6, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = -x[0] * (1 + torch.finfo(dtype).eps)
+    model = nn.Linear(5, 1, bias=False).to(dtype)
+    found = gradmon.measure(
+        model, lambda m, batch: m(batch).mean(), x, metrics=["gradient_confusion"], micro_batches=3
+    )["gradient_confusion"]
+    assert found.reason is None
+    assert found.value == 0
