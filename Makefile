@@ -5,13 +5,15 @@ BIN := .venv/bin
 # Stamps: their timestamps say when pyproject.toml and constraints.txt were last installed from.
 DEMO := .venv/.installed-demo
 DEV := .venv/.installed-dev
-PIP_INSTALL := $(BIN)/pip install --disable-pip-version-check -q -c constraints.txt
+PEERS := .venv-peers/.installed
+INSTALL := install --disable-pip-version-check -q -c constraints.txt
+PIP_INSTALL := $(BIN)/pip $(INSTALL)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers install clean
+.PHONY: help demo test lint types layers benchmark install clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 	@echo "Arguments: make demo ARGS='--steps 50', make test ARGS='-k sinks'. Another Python: make PYTHON=python3.12"
 
 demo: $(DEMO)  ## Run the demonstration
@@ -30,19 +32,23 @@ types: $(DEV)  ## Check types
 layers: $(DEV)  ## Check who imports whom
 	$(BIN)/lint-imports
 
+benchmark: $(PEERS)  ## Run the benchmarks, and write docs/benchmarks.md
+	.venv-peers/bin/python benchmarks/overhead.py --write $(ARGS)
+	.venv-peers/bin/python benchmarks/per_example.py --write $(ARGS)
+
 install: $(DEV)  ## Install everything into .venv, editable
 
 clean:  ## Remove .venv and whatever else was made
-	rm -rf .venv .venv-wheel build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-wheel .venv-peers build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find gradmon integrations tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# .venv/bin/pip comes last when a virtual environment is made, so it tells a whole one from a broken one.
-$(BIN)/pip:
+# bin/pip comes last when a virtual environment is made, so it tells a whole one from a broken one.
+$(BIN)/pip .venv-peers/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "gradmon needs Python 3.11 or newer, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)" >&2; \
 		echo "Name another one, as in: make $(MAKECMDGOALS) PYTHON=/usr/bin/python3.12" >&2; \
 		exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@:/bin/pip=)
 
 $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP_INSTALL) -e '.[demo]'
@@ -51,3 +57,8 @@ $(DEMO): pyproject.toml constraints.txt | $(BIN)/pip
 $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
 	$(PIP_INSTALL) -e '.[dev]'
 	@touch $@ $(DEMO)
+
+# Apart from .venv: the tests run without a peer, and a peer may want versions that gradmon does not.
+$(PEERS): pyproject.toml constraints.txt | .venv-peers/bin/pip
+	.venv-peers/bin/pip $(INSTALL) -e '.[peers]'
+	@touch $@

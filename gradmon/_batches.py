@@ -67,13 +67,13 @@ def batch_tensors(batch: Batch, name: str = "batch") -> list[Tensor]:
     return found
 
 
-def example_count(batch: Batch) -> int:
-    """B, the first dimension of the batch's first tensor that has one.
+def example_count(batch: Batch, dim: int = 0) -> int:
+    """B, the size along `dim`, or the first dimension, of the batch's first tensor that has one.
 
     Raises:
         ArgumentError: No tensor of `batch` has a first dimension, or it is empty.
     """
-    size = next((tensor.shape[0] for tensor in batch_tensors(batch) if tensor.ndim > 0), None)
+    size = next((t.shape[dim if t.ndim > dim else 0] for t in batch_tensors(batch) if t.ndim > 0), None)
     if size is None:
         raise ArgumentError("batch", "hold a tensor whose first dimension counts the examples", "only scalars")
     if size == 0:
@@ -81,13 +81,16 @@ def example_count(batch: Batch) -> int:
     return size
 
 
-def select_examples(batch: Batch, index: Tensor) -> Batch:
-    """The batch with its examples taken in the order of `index`; other tensors stay as they are."""
-    size = example_count(batch)
+def select_examples(batch: Batch, index: Tensor, dim: int = 0) -> Batch:
+    """The batch with its examples, along `dim` or else the first dimension, taken in the order of `index`.
+
+    Tensors without as many entries along either stay as they are.
+    """
+    size = example_count(batch, dim)
 
     def select(tensor: Tensor) -> Tensor:
-        fits = tensor.ndim > 0 and tensor.shape[0] == size
-        return tensor.index_select(0, index.to(tensor.device)) if fits else tensor
+        along = next((d for d in dict.fromkeys((dim, 0)) if tensor.ndim > d and tensor.shape[d] == size), None)
+        return tensor if along is None else tensor.index_select(along, index.to(tensor.device))
 
     with torch.no_grad():
         return map_tensors(batch, select)

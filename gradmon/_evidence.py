@@ -109,25 +109,38 @@ class InputSweep:
 
 @dataclass(frozen=True)
 class PerExampleGradients:
-    """The examples' gradients at w.
+    """The inner products of the examples' gradients at w.
 
     Attributes:
         gram: ``h_i . h_j``, (B, B), float64.
-        means: The looked-at coordinates of h, (k,), float64.
-        variances: Their unbiased variances over the examples, (k,), float64; NaN for a batch of one.
-        seen: Which of them are not zero for all examples, (k,), bool.
         total: The number P of entries of w.
         micro_batches: Into how many equal parts the metrics over batch means divide the batch.
         epsilon: The relative rounding error of one number at the working precision.
+        resolution: The relative rounding error of an inner product of two gradients of norm 1.
     """
 
     gram: Tensor
-    means: Tensor
-    variances: Tensor
-    seen: Tensor
     total: int
     micro_batches: int
     epsilon: float
+    resolution: float
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Mean and variance over the examples of each looked-at coordinate of their gradients.
+
+    Attributes:
+        means: (k,), float64.
+        variances: Unbiased, (k,), float64; NaN for a batch of one.
+        seen: Which coordinates are not zero for all examples, (k,), bool.
+        examples: The number B of examples.
+    """
+
+    means: Tensor
+    variances: Tensor
+    seen: Tensor
+    examples: int
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ class Objective:
         """The gradient at some weights (the base ones if None), on the batch or another one."""
         with self.at(values):
             loss = self.evaluate(self.copied(batch))
-            return self.collect(loss, self._differentiate(loss))
+            return self.collect(loss, self.differentiate(loss))
 
     def gauge(self) -> Gradient:
         """The gradient at the base weights; `epsilon` becomes that of the coarsest type that is met on the way."""
@@ -119,7 +119,7 @@ class Objective:
             with _Coarsest(self.epsilon) as seen:
                 loss = self.evaluate()
             self.epsilon = seen.epsilon
-            return self.collect(loss, self._differentiate(loss))
+            return self.collect(loss, self.differentiate(loss))
 
     def product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """The Hessian at the base weights times a direction, by a second backward pass.
@@ -140,9 +140,9 @@ class Objective:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
                 loss = self.evaluate()
             try:
-                first = self._differentiate(loss, create_graph=True)
+                first = self.differentiate(loss, create_graph=True)
                 pairs = zip(first, direction, strict=True)
-                second = self._differentiate(sum((part * piece).sum() for part, piece in pairs if part is not None))
+                second = self.differentiate(sum((part * piece).sum() for part, piece in pairs if part is not None))
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # also NotImplementedError, for a function without a second derivative
@@ -155,8 +155,15 @@ class Objective:
         unused = frozenset(position for position, part in enumerate(found) if part is None)
         return Gradient(float(loss.detach()), parts, unused)
 
-    def _differentiate(self, value: Any, *, create_graph: bool = False) -> list[Tensor | None]:
-        parameters = self.weights.parameters
+    def differentiate(
+        self, value: Any, more: Sequence[Tensor] = (), *, create_graph: bool = False
+    ) -> list[Tensor | None]:
+        """The gradients of a scalar by the parameters, and by some more tensors; None where it does not depend on one.
+
+        Raises:
+            Unavailable: Part of the graph is of a kind that knows only `backward`.
+        """
+        parameters = [*self.weights.parameters, *more]
         if not isinstance(value, Tensor) or not value.requires_grad:
             return [None] * len(parameters)
         try:

@@ -18,7 +18,7 @@ from gradmon._snapshot import ModuleState, RandomState
 class Sandbox:
     """A context in which a model may run forward and backward at any weights, and comes out exactly as it went in.
 
-    Inside, autocast and TF32 are off and compiled models run eagerly, so that differences of gradients mean
+    Inside, autocast (and its cache of cast weights) and TF32 are off and compiled models run eagerly, so that differences of gradients mean
     something. Every pass starts from the random states and buffers that were found on entry, and runs on copies of
     the weights, so that layers which change their weights in forward change the copies. Frozen weights that outweigh
     the trainable ones tenfold (a backbone under adapters) are not copied, but for those of embeddings with a maximal
@@ -57,8 +57,8 @@ class Sandbox:
             stack.enter_context(torch.enable_grad())
             for kind in {parameter.device.type for parameter in self._everything} | {"cpu"}:
                 if torch.amp.is_autocast_available(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(_full_precision())
+                    stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+            stack.enter_context(full_precision())
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for parameter, _, _, _, hooks in self._held:
@@ -108,7 +108,6 @@ class Sandbox:
         before = [(parameter, parameter.data) for parameter in self._everything]
         self._modules.restore()
         self.random.restore()
-        torch.clear_autocast_cache()  # a loss with an autocast of its own would go on with copies of other weights
         try:
             for parameter, value in zip(self.parameters, values, strict=True):
                 parameter.data = value.detach().clone()
@@ -116,13 +115,12 @@ class Sandbox:
                 parameter.data = parameter.data.clone()
             yield
         finally:
-            torch.clear_autocast_cache()
             for parameter, data in before:
                 parameter.data = data
 
 
 @contextlib.contextmanager
-def _full_precision() -> Generator[None]:
+def full_precision() -> Generator[None]:
     """TF32 off on CUDA; elsewhere nothing to do."""
     backends: list[Any] = []
     if torch.cuda.is_initialized():

@@ -18,11 +18,10 @@ from gradmon._objective import Objective
 from gradmon._parameters import Weights, check_trains
 from gradmon._plugins import entry_points_named, load
 from gradmon._reading import Reading
-from gradmon._tensors import gram
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.metrics import METRICS, Metric, Value
-from gradmon.per_example import PerExample
+from gradmon.per_example import RULES, Experience, PerExample, PerExampleResult, Rules, Wanted
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
 from gradmon.probes import PROBES, Scene
@@ -45,6 +44,7 @@ def measure(
     input_module: nn.Module | str | None = None,
     layers: bool = False,
     seed: int = 0,
+    rules: Rules | None = None,
 ) -> dict[str, Reading]:
     """Measure how far the gradient of one batch can be trusted.
 
@@ -70,6 +70,8 @@ def measure(
             floating-point tensor that the model consumes, or the embedding that looks up its integers.
         layers: Whether to add readings for each layer, under ``"name/layer"``.
         seed: The seed of the mask and the samplers.
+        rules: How the examples' gradients in the uses of a function, or in a module of a class, are had; None for
+            `gradmon.per_example.RULES`.
 
     Returns:
         One reading for each metric, by name; NaN with a reason where a number cannot be trusted.
@@ -107,6 +109,8 @@ def measure(
             next_batch=next_batch,
             input_module=input_module,
             seed=seed,
+            needed=frozenset(kind for metric in chosen for kind in metric.needs),
+            experience=Experience(rules=RULES if rules is None else rules),
         )
         found = [reading for metric in chosen for reading in readings_of(metric, scene, layers=layers)]
     return {r.name if r.layer is None else f"{r.name}/{r.layer}": r for r in found}
@@ -270,7 +274,13 @@ def batch_gradient(
 
 
 def per_example_gradients(
-    model: nn.Module, loss: Loss, batch: Batch, *, mask: Mask | float | None = None, reduction: Reduction = "mean"
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    *,
+    mask: Mask | float | None = None,
+    reduction: Reduction = "mean",
+    rules: Rules | None = None,
 ) -> Tensor:
     """The gradients h_i of the examples, as shares of the batch gradient times B: their mean is `batch_gradient`.
 
@@ -280,6 +290,8 @@ def per_example_gradients(
         batch: The batch.
         mask: The coordinates to return; None for all.
         reduction: How one value per example becomes the batch loss.
+        rules: How the examples' gradients in the uses of a function, or in a module of a class, are had; None for
+            `gradmon.per_example.RULES`.
 
     Returns:
         (B, P), or (B, k) under a mask.
@@ -288,21 +300,23 @@ def per_example_gradients(
         ArgumentError: An argument is not what it must be.
         Unavailable: The examples' gradients cannot be told apart; the reason names the parameter or the call.
     """
-    with (
-        Objective(model, loss, batch, _layout(model, mask), reduction) as objective,
-        PerExample(objective).run() as taken,
-    ):
-        return taken.rows()
+    found = _examples(model, loss, batch, _layout(model, mask), reduction, rules, Wanted(gram=False, rows=True))
+    assert found.rows is not None
+    return found.rows
 
 
-def per_example_gram(model: nn.Module, loss: Loss, batch: Batch, *, reduction: Reduction = "mean") -> Tensor:
-    """The inner products of the examples' gradients.
+def per_example_gram(
+    model: nn.Module, loss: Loss, batch: Batch, *, reduction: Reduction = "mean", rules: Rules | None = None
+) -> Tensor:
+    """The inner products of the examples' gradients, without ever holding these as one matrix.
 
     Args:
         model: The model.
         loss: ``loss(model, batch)``: a scalar, or one value per example, (B,).
         batch: The batch.
         reduction: How one value per example becomes the batch loss.
+        rules: How the examples' gradients in the uses of a function, or in a module of a class, are had; None for
+            `gradmon.per_example.RULES`.
 
     Returns:
         ``G_ij = h_i . h_j``, (B, B), float64.
@@ -311,5 +325,20 @@ def per_example_gram(model: nn.Module, loss: Loss, batch: Batch, *, reduction: R
         ArgumentError: An argument is not what it must be.
         Unavailable: The examples' gradients cannot be told apart; the reason names the parameter or the call.
     """
-    with torch.no_grad():
-        return gram(per_example_gradients(model, loss, batch, reduction=reduction))
+    found = _examples(model, loss, batch, _layout(model, None), reduction, rules, Wanted(precise=True))
+    assert found.gram is not None
+    return found.gram
+
+
+def _examples(
+    model: nn.Module,
+    loss: Loss,
+    batch: Batch,
+    layout: Weights,
+    reduction: Reduction,
+    rules: Rules | None,
+    wanted: Wanted,
+) -> PerExampleResult:
+    with Objective(model, loss, batch, layout, reduction) as objective:
+        experience = Experience(rules=RULES if rules is None else rules)
+        return PerExample(objective, experience=experience).run(wanted).result

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmon._errors import ArgumentError, Unavailable
-from gradmon._evidence import BatchGradient, Step, StepPair
+from gradmon._evidence import BatchGradient, InputGradients, Step, StepPair
 from gradmon._objective import Objective, dense
 from gradmon._parameters import Weights, check_trains, trainable
 from gradmon._reading import Alert, Reading
@@ -25,15 +25,30 @@ from gradmon.alerts import Rule
 from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.measure import check_input_module, check_options, choose_metrics, readings_from
 from gradmon.metrics import Metric
+from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
-from gradmon.probes import PROBES, Scene, StepWatch, Taken, across, gradient_evidence, step_evidence
+from gradmon.probes import (
+    LISTENED,
+    PROBES,
+    PassiveProbe,
+    Scene,
+    StepWatch,
+    Taken,
+    across,
+    gradient_evidence,
+    step_evidence,
+)
 from gradmon.publishing import Failures, Publisher
 from gradmon.schedules import Schedule, every
 from gradmon.sinks import Sink
 
-_PASSIVE = frozenset({"grad_norm", "param_norm", "update_ratio", "step_condition"})
-"""The metrics that need no pass of their own."""
+_PASSIVE: frozenset[type] = frozenset({BatchGradient, Step, StepPair, *LISTENED})
+"""The evidence that the training's own passes and steps reveal."""
+_NOT_PASSIVE = frozenset({"loss", "step_ratio", "step_share", "batch_share"})
+"""Metrics that want more of such evidence than can be had without the loss."""
+_SAMPLED = 0.05
+"""The part of the coordinates that is looked at unless it is said otherwise."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +77,12 @@ class Monitor:
         model: The model.
         optimizer: The optimizer whose steps are looked at; None to go without what needs one.
         loss: ``loss(model, batch)``: a scalar, or one value per example, (B,); None to look only at what the training
-            itself reveals: `grad_norm`, `param_norm` and `update_ratio`.
+            itself reveals: the norms, `step_condition`, and, from hooks that are there for scheduled steps only, how
+            much the examples of the batch disagree.
         metrics: ``"default"``, ``"all"`` (also those that take many passes), or names and `Metric` objects.
         schedule: When to look: `every`, `log_spaced`, or any callable from the step's number, counted from 1.
-        mask: The coordinates to look at: a `Mask`, a fraction in (0, 1], or None for all.
+        mask: The coordinates to look at: a `Mask`, a fraction in (0, 1], or None for all. ``"default"`` is 0.05; without
+            a `loss`, inner products of the examples' gradients, which come cheaper whole, are taken of all coordinates.
         seed: The seed of mask and samplers.
         run: The run's name, for sinks that label what they write.
         rank: This process's rank, likewise.
@@ -105,7 +122,7 @@ class Monitor:
         *,
         metrics: Literal["default", "all"] | str | Metric | Sequence[str | Metric] = "default",
         schedule: Schedule | None = None,
-        mask: Mask | float | None = 0.05,
+        mask: Mask | float | Literal["default"] | None = "default",
         seed: int = 0,
         run: str = "run",
         rank: int = 0,
@@ -118,6 +135,9 @@ class Monitor:
         reduction: Reduction = "mean",
         input_module: nn.Module | str | None = None,
         layers: bool = False,
+        rules: Rules | None = None,
+        max_memory: int = 1 << 28,
+        example_dim: int | None = None,
     ) -> None:
         self.run, self.rank = run, rank
         self.failures = Failures(run)
@@ -145,7 +165,8 @@ class Monitor:
         trainable(model)
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._schedule: Schedule = every(50) if schedule is None else schedule
-        self._mask = as_mask(mask, seed)
+        self._mask = as_mask(_SAMPLED if mask == "default" else mask, seed)
+        self._whole = mask == "default" and loss is None
         if self._mask is not None:
             self._mask.picks(model)
         self._seed = seed
@@ -161,6 +182,16 @@ class Monitor:
         self._metrics = _chosen(metrics, optimizer, loss)
         check_input_module(model, input_module)
         self._publisher.open(sinks, run, rank)
+        self._experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
+        needed = frozenset(kind for metric in self._metrics for kind in metric.needs)
+        self._options |= {"needed": needed, "experience": self._experience}
+        self._passive: PassiveProbe | None = None
+        if loss is None and needed & LISTENED:
+            self._passive = PassiveProbe(
+                model, needed, None if self._whole else self._mask, self._mask, micro_batches,
+                example_dim, input_module, self._experience,
+            )  # fmt: skip
+            self._arm()
         if optimizer is not None:
             self._watch = StepWatch(optimizer, model, self._wants_step, loss is None, self.failures.note)
 
@@ -173,6 +204,15 @@ class Monitor:
     def alerts(self) -> list[Alert]:
         """The alerts that fire now, oldest first."""
         return self._publisher.alerts
+
+    @property
+    def coverage(self) -> dict[str, str]:
+        """By which way the examples' gradients of each parameter were had at the last probe that looked at them.
+
+        The name of a function for which there is a rule, such as ``"linear"``; ``"replay"`` or ``"repeat"`` where its call
+        was made again; ``"unused"`` where no gradient arrived.
+        """
+        return {} if self._disabled else dict(self._experience.coverage)
 
     @property
     def steps(self) -> int:
@@ -202,11 +242,20 @@ class Monitor:
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
             self._publisher.publish(readings)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Listen to the passes of the coming step if it is a scheduled one; else leave nothing attached."""
+        if self._passive is not None and not self._closed:
+            listen = self._passive.arm if self._is_due(self._step + 1) else self._passive.disarm
+            self.failures.guard("hooks", listen, None)
 
     def close(self) -> None:
         """Detach from the optimizer and close the sinks; a second call does nothing."""
         if self._watch is not None:
             self._watch.close()
+        if not self._disabled and self._passive is not None:
+            self._passive.disarm()
         self._publisher.close()
         self._closed = True
         self._pending = None
@@ -280,7 +329,7 @@ class Monitor:
     def _probe(self, batch: Batch, taken: Taken | None) -> list[Reading]:
         layout = self._layout()
         if self._loss is None:
-            return self._look_passively(layout, taken)
+            return self._look_passively(layout, taken, batch)
         after = [parameter.detach() for parameter in layout.parameters]
         before = after if taken is None else taken.values
         with Objective(self._model, self._loss, batch, layout, self._reduction, before) as objective:
@@ -334,31 +383,37 @@ class Monitor:
             readings += self._read(metric, lambda w=whole: w, pending.number)
         return readings
 
-    def _look_passively(self, layout: Weights, taken: Taken | None) -> list[Reading]:
-        """What the training's own gradients and steps reveal, as they are when the optimizer steps."""
-        if taken is None:
-            reason = "no optimizer step was taken"
-            return [Reading(metric.name, math.nan, self._step, reason=reason) for metric in self._metrics]
-        gradients = _filled(taken.gradients, layout)
-        seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
-        after = [parameter.detach() for parameter in layout.parameters]
-        step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
-        finite = math.isfinite(seen.gradient_norm)
+    def _look_passively(self, layout: Weights, taken: Taken | None, batch: Batch) -> list[Reading]:
+        """What the training's own passes, gradients and steps reveal, as they are when the optimizer steps."""
+        gathered: dict[type, Callable[[], Any]] = {}
+        if self._passive is not None:
+            gathered |= self._passive.gather(batch)
+        if taken is not None:
+            gradients = _filled(taken.gradients, layout)
+            seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
+            after = [parameter.detach() for parameter in layout.parameters]
+            step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
+            gathered |= {BatchGradient: lambda: seen, Step: lambda: step}
+            finite = math.isfinite(seen.gradient_norm)
+        else:
+            step, finite = None, True
 
         def gather(kinds: tuple[type, ...]) -> list[Any]:
             if not finite:
                 raise Unavailable("non-finite gradient")
-            return [{BatchGradient: seen, Step: step}[kind] for kind in kinds]
+            if any(kind not in gathered for kind in kinds):
+                raise Unavailable("no optimizer step was taken")
+            return [gathered[kind]() for kind in kinds]
 
         readings: list[Reading] = []
         waiting: list[tuple[Metric, list[Any]]] = []
         for metric in self._metrics:
-            if StepPair in metric.needs and finite:
+            if StepPair in metric.needs and finite and step is not None:
                 waiting.append((metric, [step]))
             else:
                 kinds = tuple(Step if kind is StepPair else kind for kind in metric.needs)
                 readings += self._read(metric, lambda k=kinds: gather(k), self._step)
-        if waiting:
+        if waiting and step is not None:
             self._pending = _Pending(self._step, step, [], [], waiting, None)
         return readings
 
@@ -390,9 +445,16 @@ def _chosen(
 ) -> list[Metric]:
     if isinstance(metrics, str) and metrics in ("default", "all"):
         chosen = choose_metrics(None, optimizer, costly=metrics == "all")
-        return chosen if loss is not None else [metric for metric in chosen if metric.name in _PASSIVE]
+        if loss is not None:
+            return chosen
+        # Gradients by the inputs make the first layer's backward pass dearer.
+        return [m for m in chosen if _is_passive(m) and (metrics == "all" or InputGradients not in m.needs)]
     chosen = choose_metrics(metrics, optimizer)
     for metric in chosen:
-        if loss is None and metric.name not in _PASSIVE:
+        if loss is None and not _is_passive(metric):
             raise ArgumentError("loss", f"be given for `{metric.name}`, which takes passes of its own", None)
     return chosen
+
+
+def _is_passive(metric: Metric) -> bool:
+    return _PASSIVE.issuperset(metric.needs) and metric.name not in _NOT_PASSIVE

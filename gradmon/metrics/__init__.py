@@ -7,6 +7,7 @@ from gradmon._evidence import (
     Curvature,
     InputGradients,
     InputSweep,
+    GradientMoments,
     PerExampleGradients,
     ScaledSweep,
     Step,
@@ -126,7 +127,7 @@ _ALL = (
         _LARGER,
     ),
     Metric(
-        "gradient_snr", _EXAMPLES, per_example.gradient_snr, "high", "arXiv 2510.00236", _BATCH,
+        "gradient_snr", (GradientMoments,), per_example.gradient_snr, "high", "arXiv 2510.00236", _BATCH,
         "The median signal-to-noise ratio of one coordinate of one example's gradient.",
         _LARGER,
     ),

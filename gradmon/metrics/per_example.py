@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import Unavailable
-from gradmon._evidence import InputGradients, PerExampleGradients
+from gradmon._evidence import GradientMoments, InputGradients, PerExampleGradients
 from gradmon._tensors import largest_eigenvalue
 from gradmon.metrics._metric import Value
 
@@ -55,8 +55,9 @@ def gradient_confusion(seen: PerExampleGradients) -> float:
     """
     blocks = _blocks(seen)
     # A mean whose members cancel is rounding error, and so is its direction.
-    sizes = blocks.diagonal().clamp_min(0).sqrt()
-    kept = sizes > 4 * seen.epsilon * _members(seen, len(blocks)).sqrt()
+    squares = blocks.diagonal()
+    kept = squares > _rounding(seen) * _members(seen, len(blocks))
+    sizes = squares.clamp_min(0).sqrt()
     if int(kept.sum()) < 2:
         raise Unavailable("zero gradient" if not bool(kept.any()) else "fewer than two micro-batches have a gradient")
     sizes, blocks = sizes[kept], blocks[kept][:, kept]
@@ -132,7 +133,7 @@ def noise_ratio(seen: PerExampleGradients) -> Value:
     return found._replace(value=found.value / len(seen.gram))
 
 
-def gradient_snr(seen: PerExampleGradients) -> Value:
+def gradient_snr(seen: GradientMoments) -> Value:
     """The median over the coordinates of ``mean_i(h_i)^2 / var_i(h_i)``, unbiased variance.
 
     Coordinates that are zero for all examples are left out; the median is the mean of the middle two.
@@ -143,14 +144,18 @@ def gradient_snr(seen: PerExampleGradients) -> Value:
     Raises:
         Unavailable: Batch of one, or all gradients are zero.
     """
-    _several(seen.gram)
+    if seen.examples == 1:
+        raise Unavailable("batch of one")
     means, variances = seen.means[seen.seen], seen.variances[seen.seen]
     if len(means) == 0:
         raise Unavailable("zero gradient")
-    ratios = (means.abs() / variances.sqrt()).square().sort().values
-    middle = (float(ratios[(len(ratios) - 1) // 2]), float(ratios[len(ratios) // 2]))
-    value = (middle[0] + middle[1]) / 2
+    ratios = (means.abs() / variances.sqrt()).square()
+    value = (_ranked(ratios, (len(ratios) - 1) // 2) + _ranked(ratios, len(ratios) // 2)) / 2
     return Value(value, reason="no variance over the examples" if math.isinf(value) else None)
+
+
+def _ranked(values: Tensor, place: int) -> float:
+    return float(values.kthvalue(place + 1).values)
 
 
 def _several(gram: Tensor) -> None:
@@ -183,5 +188,10 @@ def _members(seen: PerExampleGradients, parts: int) -> Tensor:
 
 def _nonzero(squares: float, total: float, seen: PerExampleGradients) -> None:
     """A sum that is only rounding error is none."""
-    if total <= squares * (4 * seen.epsilon) ** 2:
+    if total <= squares * _rounding(seen):
         raise Unavailable("zero gradient")
+
+
+def _rounding(seen: PerExampleGradients) -> float:
+    """The squared norm of a sum of gradients that cancel, relative to that of the gradients."""
+    return max((4 * seen.epsilon) ** 2, 4 * seen.resolution)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from gradmon.per_example.active import Experience as Experience
+from gradmon.per_example.active import PerExample as PerExample
+from gradmon.per_example.active import find_entry as find_entry
 from gradmon.per_example.capture import Entry as Entry
-from gradmon.per_example.shares import Pass as Pass
-from gradmon.per_example.shares import PerExample as PerExample
-from gradmon.per_example.shares import find_entry as find_entry
+from gradmon.per_example.collected import PerExampleResult as PerExampleResult
+from gradmon.per_example.cut import Cut as Cut
+from gradmon.per_example.cut import Rule as Rule
+from gradmon.per_example.listener import Listener as Listener
+from gradmon.per_example.recorder import Wanted as Wanted
+from gradmon.per_example.rules import RULES as RULES
+from gradmon.per_example.rules import Rules as Rules

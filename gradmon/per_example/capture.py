@@ -3,21 +3,26 @@
 A *use* is a call that takes something made of parameters and something made of the batch. Its output has rows, one
 or several for each example, and the gradient at these rows is what each example sends to the parameters: the share
 convention. A `TorchFunctionMode` sees calls of modules, functions and methods alike, so tied, re-used and
-functional parameters need no special care.
+functional parameters need no special care. Nothing is changed: the graph that is built is the one that would have
+been built anyway.
 """
 
 from __future__ import annotations
 
+import functools
+import types
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gradmon._batches import map_tensors, tensors
+from gradmon.per_example.calls import Surroundings, Tape, in_place, name_of, results
 
 _METADATA_ONLY = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
 """Calls that read only shape, type or device of their further arguments."""
@@ -25,68 +30,69 @@ _CONSTANT = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand
 """Calls whose result does not depend on the contents of their argument."""
 _ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__"})
 """Calls through which a parameter passes unchanged, up to its sign: a penalty added to a loss."""
-_SPARSE: dict[Callable[..., Any], int] = {functional.embedding: 6, functional.embedding_bag: 7}
-"""The look-ups of integers, and the position of their argument `sparse`."""
+_LOOK_UPS = (functional.embedding, functional.embedding_bag)
+_COMPOSITE: tuple[Callable[..., Any], ...] = (functional.multi_head_attention_forward,)
+"""Functions that are looked into, because their parameters' uses are calls of simpler ones."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call that can be made again on other tensors.
+@dataclass(eq=False)
+class Use:
+    """One call that consumes parameters.
 
     Attributes:
-        func: The function.
-        args: Its arguments, with the aliases in the place of the parameters.
+        func: The called function, or the module where a rule is given for its class.
+        args: Its arguments, detached, each parameter (or tensor made of parameters) by a stand-in of its own.
         kwargs: Its keyword arguments, likewise.
-        activations: The tensors among them that are not made of parameters alone.
+        sources: The stand-ins of the parameters.
+        keys: The identities of the tensors behind them.
+        positions: For each of them the positions of the parameters that it is made of.
+        activations: The other tensors among the arguments, detached.
         versions: Their versions; one that has changed since was overwritten.
-        places: Which of the results are the use's outputs.
+        outputs: The results that have a gradient, as they were returned.
+        places: Their positions among all results.
+        made: The tensors behind the sources that are no parameters.
+        origins: The positions in the batch of the tensors that went into it.
+        around: What it takes to make the call again.
     """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    sources: list[Tensor]
+    keys: list[int]
+    positions: list[tuple[int, ...]]
     activations: list[Tensor]
     versions: list[int]
+    outputs: list[Tensor]
     places: list[int]
-
-    def again(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
-        """The outputs with some tensors, by identity, replaced."""
-        args, kwargs = map_tensors((self.args, self.kwargs), lambda tensor: replaced.get(id(tensor), tensor))
-        results = list(tensors(self.func(*args, **kwargs)))
-        return tuple(results[place] for place in self.places)
-
-
-@dataclass
-class Use:
-    """One call that consumes parameters.
-
-    Attributes:
-        name: The called function.
-        sources: What it consumed: the alias it was given, and the parameter, or tensor made of parameters, behind it.
-        outputs: The gradient edges of its outputs.
-        values: The outputs themselves, detached, as they were when the call returned; then, likewise, the activations.
-        call: How to make the call again; None where it overwrites what it is given.
-        made: What the sources are made of by other calls than this one, as it was; nothing for parameters themselves.
-        origins: The positions in the batch of the tensors that went into it.
-    """
-
-    name: str
-    sources: list[tuple[Tensor | GradientEdge, Tensor | GradientEdge]]
-    outputs: list[GradientEdge]
-    values: list[Tensor]
-    call: Call | None = None
-    made: list[Tensor] = field(default_factory=list[Tensor])
-    origins: frozenset[int] = frozenset()
+    made: list[Tensor]
+    origins: frozenset[int]
+    around: Surroundings
 
     @property
-    def signature(self) -> tuple[Any, ...]:
-        """What must be the same when the pass is repeated on as many examples."""
-        return (self.name, len(self.sources), [value.shape for value in self.values])
+    def name(self) -> str:
+        """The called function."""
+        return name_of(self.func)
 
     @property
     def additive(self) -> bool:
         """Whether the parameters' part is only added, so that it does not depend on the examples."""
         return self.name in _ADDITIVE
+
+    def again(self, replaced: Mapping[int, Tensor]) -> tuple[Tensor, ...]:
+        """The outputs with some arguments, by identity, replaced."""
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda tensor: replaced.get(id(tensor), tensor))
+        if in_place(self.name):
+            args = (args[0].clone(), *args[1:])
+        with self.around:
+            if isinstance(self.func, nn.Module):
+                held = {name: replaced.get(id(p), p) for name, p in self.func.named_parameters()}
+                held |= {name: buffer.clone() for name, buffer in self.func.named_buffers()}
+                result = torch.func.functional_call(self.func, held, args, kwargs)
+            else:
+                result = self.func(*args, **kwargs)
+            found = results(self.name, args, result)
+        return tuple(found[place] for place in self.places)
 
 
 @dataclass(frozen=True)
@@ -106,55 +112,89 @@ class Entry:
 
 @dataclass(eq=False)
 class Capture(TorchFunctionMode):
-    """Records the uses of some parameters while it is active.
+    """Tells of the uses of some parameters while it is active.
 
     Args:
         parameters: The trainable parameters.
         inputs: The tensors of the batch, in its order.
+        note: Told of every use, right after its call.
         entry: Where x enters, if that is wanted.
         delta: What is added to x, of its shape; None for nothing.
-        keep: Whether to copy the uses' outputs.
+        first: Whether to tell of a use before its call is made, because it may never return.
     """
 
     parameters: Sequence[Tensor]
     inputs: Sequence[Tensor]
+    note: Callable[[Use], None]
     entry: Entry | None = None
     delta: Tensor | None = None
-    keep: bool = False
-    uses: list[Use] = field(default_factory=list[Use], init=False)
+    first: bool = False
     embeddings: list[frozenset[int]] = field(default_factory=list[frozenset[int]], init=False)
-    x: Use | None = field(default=None, init=False)
+    x: Tensor | None = field(default=None, init=False)
+    entered: Callable[[Tensor], None] | None = field(default=None, init=False)
+    off: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
-        self._made_of_parameters: dict[int, Tensor] = {id(p): p for p in self.parameters}
-        self._made_of_batch: dict[int, tuple[Tensor, frozenset[int]]] = {
-            id(tensor): (tensor, frozenset({position})) for position, tensor in enumerate(self.inputs)
-        }
+        self.tape = Tape(self.parameters)
+        self._whole: tuple[nn.Module, Use | None] | None = None
+        # Weak, so that no activation lives longer than it would otherwise.
+        self._made_of_batch: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
+        for position, tensor in enumerate(self.inputs):
+            self._mark(tensor, frozenset({position}))
+
+    def _mark(self, tensor: Tensor, origins: frozenset[int]) -> None:
+        self._made_of_batch[id(tensor)] = (weakref.ref(tensor), origins)
+        self.tape.forget(tensor)
+
+    def _origins(self, tensor: Tensor) -> frozenset[int] | None:
+        found = self._made_of_batch.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run the call, record it if it is a use, and note what its outputs are made of."""
+        """Run the call, tell of it if it is a use, and note what its outputs are made of."""
         kwargs = kwargs or {}
-        name: str = getattr(func, "__name__", "")
-        relevant = args[:1] if name in _METADATA_ONLY else (args, kwargs)
-        given = list({id(tensor): tensor for tensor in tensors(relevant)}.values())
-        made = [t for t in given if id(t) in self._made_of_parameters and t.requires_grad]
-        origins = frozenset[int]().union(
-            *(self._made_of_batch[id(t)][1] for t in given if id(t) in self._made_of_batch)
-        )
-        passive = {id(t) for t in made}
-        active = any(id(t) in self._made_of_batch or (t.requires_grad and id(t) not in passive) for t in given)
-        if name.startswith(_CONSTANT):
+        name = name_of(func)
+        if name.startswith(_CONSTANT) or self._whole is not None or self.off:
             return func(*args, **kwargs)
-        if not made or not active:
-            result = func(*args, **kwargs)
-            self._note(_results(name, args, result), origins, active, bool(made))
-        else:
+        if func in _COMPOSITE and (opened := _opened(func)) is not None:
+            with self:
+                return opened(*args, **kwargs)
+        relevant = args[:1] if name in _METADATA_ONLY else (args, kwargs)
+        return self.call(func, args, kwargs, list({id(t): t for t in tensors(relevant)}.values()))
+
+    def call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
+    ) -> Any:
+        """Make a call and note what comes of it.
+
+        Args:
+            func: The function, or a module that is to be taken as a whole.
+            args: Its arguments.
+            kwargs: Its keyword arguments.
+            given: The tensors that it depends on.
+        """
+        name = name_of(func)
+        made = [t for t in given if t.requires_grad and self.tape.knows(t)]
+        seen = [self._origins(t) for t in given]
+        passive = {id(t) for t in made}
+        active = any(o is not None for o in seen) or any(t.requires_grad and id(t) not in passive for t in given)
+        origins = frozenset[int]().union(*(o for o in seen if o is not None))
+        if made and active:
             result = self._use(func, name, args, kwargs, made, origins)
-        if func in _SPARSE and args and isinstance(args[0], Tensor) and id(args[0]) in self._made_of_batch:
-            result = self._embedded(result, self._made_of_batch[id(args[0])][1])
+        elif made:
+            result = self.tape.record(func, name, args, kwargs)
+        else:
+            result = func(*args, **kwargs)
+        if active:
+            for tensor in results(name, args, result):
+                self._mark(tensor, origins)
+        if func in _LOOK_UPS and args and isinstance(args[0], Tensor):
+            looked = self._origins(args[0])
+            if looked is not None:
+                result = self._embedded(result, looked)
         return result
 
     def _use(
@@ -166,50 +206,79 @@ class Capture(TorchFunctionMode):
         made: list[Tensor],
         origins: frozenset[int],
     ) -> Any:
-        aliases: dict[int, Tensor] = {}
-        sources: list[tuple[Tensor | GradientEdge, Tensor | GradientEdge]] = []
-        for tensor in made:
-            if args and tensor is args[0] and _in_place(name):
-                # What is overwritten cannot be aliased: a multiplication by one gives it a node of its own instead.
-                behind = get_gradient_edge(tensor)
-                tensor.mul_(1)
-                sources.append((get_gradient_edge(tensor), behind))
-            else:
-                aliases[id(tensor)] = tensor.view_as(tensor)
-                sources.append((aliases[id(tensor)], tensor))
-        args, kwargs = map_tensors((args, kwargs), lambda tensor: aliases.get(id(tensor), tensor))
-        if func in _SPARSE:  # an alias passes no sparse gradients on
-            args = (
-                *args[: _SPARSE[func]],
-                *((False,) if len(args) > _SPARSE[func] else ()),
-                *args[_SPARSE[func] + 1 :],
-            )
-            kwargs = {**kwargs, "sparse": False} if "sparse" in kwargs else kwargs
-        others = {id(tensor): tensor for tensor in tensors((args, kwargs))}
-        passive = {id(alias) for alias in aliases.values()}
-        activations = [tensor for key, tensor in others.items() if key not in passive]
-        versions = [tensor._version for tensor in activations]
-        seen = [tensor.detach().clone() if self.keep else tensor.detach() for tensor in activations]
+        use = self._begun(func, args, kwargs, made, origins)
+        if self.first:
+            self.note(use)
+            return func(*args, **kwargs)
         result = func(*args, **kwargs)
-        results = _results(name, args, result)
-        places = [place for place, tensor in enumerate(results) if tensor.requires_grad]
-        if places:
-            outputs = [results[place] for place in places]
-            values = [tensor.detach().clone() if self.keep else tensor.detach() for tensor in outputs]
-            call = None if _in_place(name) else Call(func, args, kwargs, activations, versions, places)
-            edges = [get_gradient_edge(tensor) for tensor in outputs]
-            derived = [t.detach().clone() for t in made if self.keep and not isinstance(t, nn.Parameter)]
-            self.uses.append(Use(name, sources, edges, [*values, *seen], call, derived, origins))
-        self._note(results, origins, active=True, made=False)
+        self._finished(use, results(name, args, result))
         return result
 
-    def _note(self, results: list[Tensor], origins: frozenset[int], active: bool, made: bool) -> None:
-        for tensor in results:
-            if active:
-                self._made_of_batch[id(tensor)] = (tensor, origins)
-                self._made_of_parameters.pop(id(tensor), None)
-            elif made and tensor.requires_grad:
-                self._made_of_parameters[id(tensor)] = tensor
+    def _begun(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        made: list[Tensor],
+        origins: frozenset[int],
+    ) -> Use:
+        """A use whose call is about to be made."""
+        name = name_of(func)
+        overwritten = args[0] if in_place(name) and args and isinstance(args[0], Tensor) else None
+        stand_ins: dict[int, Tensor] = {}
+
+        def stand_in(tensor: Tensor) -> Tensor:
+            if id(tensor) not in stand_ins:
+                alone = tensor.detach()
+                stand_ins[id(tensor)] = alone.clone() if tensor is overwritten and name not in _ADDITIVE else alone
+            return stand_ins[id(tensor)]
+
+        held_args, held_kwargs = map_tensors((args, kwargs), stand_in)
+        keys = [id(tensor) for tensor in made]
+        activations = [tensor for key, tensor in stand_ins.items() if key not in set(keys)]
+        return Use(
+            func=func,
+            args=held_args,
+            kwargs=held_kwargs,
+            sources=[stand_ins.get(id(tensor), tensor) for tensor in made],
+            keys=keys,
+            positions=[self.tape.positions(tensor) for tensor in made],
+            activations=activations,
+            versions=[tensor._version for tensor in activations],
+            outputs=[],
+            places=[],
+            made=[tensor for tensor in made if not isinstance(tensor, nn.Parameter)],
+            origins=origins,
+            around=Surroundings(activations),
+        )
+
+    def _finished(self, use: Use, returned: list[Tensor]) -> None:
+        """Tell of a use whose call has been made."""
+        use.around.done()
+        use.places = [place for place, tensor in enumerate(returned) if tensor.requires_grad]
+        use.outputs = [returned[place] for place in use.places]
+        if use.places:
+            self.note(use)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A module for whose class there is a rule is called: it is taken as one use, and not looked into."""
+        if self._whole is not None:
+            return
+        made = [p for p in module.parameters() if p.requires_grad and self.tape.knows(p)]
+        given = list(tensors((args, kwargs)))
+        origins = frozenset[int]().union(*(o for t in given if (o := self._origins(t)) is not None))
+        self._whole = module, self._begun(module, args, kwargs, made, origins) if made else None
+
+    def end(self, module: nn.Module, output: Any) -> None:
+        """The call of the module is over."""
+        if self._whole is None or self._whole[0] is not module:
+            return
+        use, self._whole = self._whole[1], None
+        returned = list(tensors(output))
+        if use is not None:
+            self._finished(use, returned)
+        for tensor in returned:
+            self._mark(tensor, frozenset() if use is None else use.origins)
 
     def _embedded(self, output: Tensor, origins: frozenset[int]) -> Tensor:
         self.embeddings.append(origins)
@@ -217,20 +286,30 @@ class Capture(TorchFunctionMode):
         return self.enter(output, origins) if self.entry is not None and self.entry.embedding == call else output
 
     def enter(self, x: Tensor, origins: frozenset[int] = frozenset()) -> Tensor:
-        """Take x as the examples' inputs: add `delta`, and record where its gradient is found."""
+        """Take x as the examples' inputs: add `delta`, and remember it, so that its gradient can be had."""
         if not x.requires_grad:
             x = x.detach().requires_grad_().clone()  # not a leaf, so that the model may overwrite it
         if self.delta is not None:
             x = x + self.delta
-        self._made_of_batch[id(x)] = (x, origins)
-        self.x = Use("x", [], [get_gradient_edge(x)], [x.detach().clone()], origins=origins)
+        self._mark(x, origins)
+        self.x = x
+        if self.entered is not None:
+            self.entered(x)
         return x
 
 
-def _in_place(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+@functools.cache
+def _opened(func: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The function without its question for overrides, which would come back here without end."""
+    names: dict[str, Any] | None = getattr(func, "__globals__", None)
+    code = getattr(func, "__code__", None)
+    if names is None or code is None or "has_torch_function" not in names:
+        return None
+    names = {**names, "has_torch_function": _never}
+    copy = types.FunctionType(code, names, name_of(func), getattr(func, "__defaults__", None))
+    copy.__kwdefaults__ = getattr(func, "__kwdefaults__", None)
+    return copy
 
 
-def _results(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
-    """The tensors that a call made or changed."""
-    return [args[0]] if name == "__setitem__" else list(tensors(result))
+def _never(tensors: Any) -> bool:
+    return False

@@ -20,39 +20,142 @@ from gradmon._batches import select_examples
 from gradmon._errors import Unavailable
 from gradmon._tensors import length, wide
 from gradmon._types import Batch
-from gradmon.per_example.capture import Capture, Use
+from gradmon.per_example.capture import Use
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of an output by example.
+    """The rows of a tensor by example.
 
     Attributes:
         dim: The dimension that holds the examples.
-        owner: The example of each index along it, (n,), int64.
+        inner: How many neighbouring rows belong to one example.
+        outer: How often the examples come round.
     """
 
     dim: int
-    owner: Tensor
+    inner: int
+    outer: int
 
-    def of(self, example: int) -> Tensor:
-        """The indices that belong to an example."""
-        return (self.owner == example).nonzero().reshape(-1)
+    def split(self, tensor: Tensor, examples: int) -> Tensor:
+        """The rows of each example, (B, ...), the dimension `dim` with the rows of one; a view where that can be.
+
+        Raises:
+            Unavailable: It has not as many rows for every example.
+        """
+        if examples == 1:
+            return tensor.unsqueeze(0)
+        apart = self._apart(tensor, examples).movedim(self.dim + 1, 0)
+        return apart.flatten(self.dim + 1, self.dim + 2)
+
+    def alone(self, tensor: Tensor, example: int, examples: int) -> Tensor:
+        """The tensor with zeros in the rows of all other examples."""
+        if examples == 1:
+            return tensor
+        kept = torch.zeros_like(tensor, memory_format=torch.contiguous_format)
+        self._apart(kept, examples).select(self.dim + 1, example).copy_(
+            self._apart(tensor, examples).select(self.dim + 1, example)
+        )
+        return kept
+
+    def _apart(self, tensor: Tensor, examples: int) -> Tensor:
+        """The dimension of the rows as (outer, examples, inner); a longer sequence has more rows of the same kind."""
+        count, rest = divmod(tensor.shape[self.dim], examples) if tensor.ndim > self.dim else (0, 1)
+        inner, outer = self.inner, self.outer
+        if outer == 1 and (inner > 1 or count == 1):
+            inner = count
+        elif inner == 1 and outer > 1:
+            outer = count
+        if rest or inner * outer != count:
+            raise Unavailable("the rows cannot be divided among the examples as before")
+        return tensor.unflatten(self.dim, (outer, examples, inner))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """An output without rows that every example shares alike, such as a penalty added to the loss."""
+    """A tensor without rows that every example shares alike, such as a penalty added to the loss."""
 
 
 @dataclass(frozen=True)
 class Unknown:
-    """An output whose rows cannot be told apart, and why."""
+    """A tensor whose rows cannot be told apart, and why."""
 
     reason: str
 
 
 Ownership = Rows | Spread | Unknown
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A use as it is expected, and whose its rows are.
+
+    Attributes:
+        name: The called function.
+        positions: For each source the positions of the parameters it is made of.
+        outputs: The ownership of each output.
+        activations: The ownership of each activation.
+    """
+
+    name: str
+    positions: list[tuple[int, ...]]
+    outputs: list[Ownership]
+    activations: list[Ownership]
+
+    def fits(self, use: Use) -> bool:
+        """Whether a use is the expected one."""
+        return (
+            self.name == use.name
+            and self.positions == use.positions
+            and len(self.outputs) == len(use.outputs)
+            and len(self.activations) == len(use.activations)
+        )
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a forward pass does with the parameters, use by use, and whose rows are whose.
+
+    Attributes:
+        uses: The uses, in order.
+        x: The ownership of the examples' inputs, where they were asked for.
+    """
+
+    uses: list[Planned]
+    x: Ownership | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A use in one of the passes from which the course is found; or the inputs x, as one that has no sources.
+
+    Attributes:
+        name: The called function.
+        positions: For each source the positions of the parameters it is made of.
+        outputs: How many of the values are outputs; the others are activations.
+        values: Copies of its outputs and activations.
+        made: Copies of its sources that are made of parameters by other calls.
+        additive: Whether it only adds.
+    """
+
+    name: str
+    positions: list[tuple[int, ...]]
+    outputs: int
+    values: list[Tensor]
+    made: list[Tensor]
+    additive: bool = False
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What must be the same when the pass is repeated on as many examples."""
+        return (self.name, self.positions, [value.shape for value in self.values])
+
+    @staticmethod
+    def of(use: Use) -> Seen:
+        """A use as it is now."""
+        values = [tensor.detach().clone() for tensor in (*use.outputs, *use.activations)]
+        made = [tensor.detach().clone() for tensor in use.made]
+        return Seen(use.name, use.positions, len(use.outputs), values, made, use.additive)
 
 
 class Still(TorchDispatchMode):
@@ -83,80 +186,84 @@ class Still(TorchDispatchMode):
         return result
 
 
-def find_owners(
-    run: Callable[[Batch], Capture], batch: Batch, examples: int
-) -> tuple[list[Use], list[list[Ownership]]]:
-    """The owners of the rows of every use's outputs and activations, with x as a last use where it was asked for.
+def find_course(run: Callable[[Batch], list[Seen]], batch: Batch, examples: int, dim: int = 0) -> Course:
+    """The course of a forward pass.
 
     Args:
-        run: A forward pass on a batch, under a `Capture` that keeps its values, at weights among which no zero hides
-            what depends on what.
+        run: A forward pass on a batch, at weights among which no zero hides what depends on what; x, where it was
+            asked for, comes last and is called ``"x"``.
         batch: The batch.
         examples: The number of its examples, B.
+        dim: The dimension of its tensors that holds the examples.
 
     Returns:
-        The uses of the batch's own pass, and for each use the ownership of each of its values.
+        The uses of the batch's own pass with the ownership of their values.
 
     Raises:
         Unavailable: The forward pass does not repeat itself.
     """
-    uses = _uses(run(batch))
+    uses = run(batch)
     if examples == 1:
-        return uses, [[Spread()] * len(use.values) for use in uses]
+        return _course(uses, [[Rows(0, 1, 1) if value.ndim else Spread() for value in use.values] for use in uses])
     # All orders of two examples commute, so that a third, the first once more, has to help.
     index = torch.tensor([0, 1, 0]) if examples == 2 else torch.arange(examples)
-    looked = _looked(run, batch, index) if examples == 2 else uses
-    other = uses if examples == 2 else _looked(run, batch, torch.cat([index, index[:1]]))
+
+    def look(order: Tensor) -> list[Seen] | None:
+        try:
+            return run(select_examples(batch, order, dim))
+        except Exception:  # a model may be built for one batch size, a batch may hold what cannot be selected from
+            return None
+
+    looked = look(index) if examples == 2 else uses
+    other = uses if examples == 2 else look(torch.cat([index, index[:1]]))
     if looked is None or not _alike(looked, uses):
         raise Unavailable("the forward pass takes another course on three examples than on two")
-    moves: list[tuple[Tensor, list[Use]]] = []
+    moves: list[tuple[Tensor, list[Seen]]] = []
     for order in _orders(len(index)):
-        moved = _looked(run, batch, index[order])
+        moved = look(index[order])
         if moved is None or [use.signature for use in looked] != [use.signature for use in moved]:
             raise Unavailable("the forward pass takes another course when the examples come in another order")
         moves.append((order, moved))
     if any(use.made for use in looked):
-        _check_made(looked, _looked(run, batch, torch.cat([index[1:2], index[1:]])))
+        _check_made(looked, look(torch.cat([index[1:2], index[1:]])))
     shapes = other if other is not None and _alike(looked, other) else None
     found: list[list[Ownership]] = []
     for position, use in enumerate(looked):
         owners: list[Ownership] = []
         for place, value in enumerate(use.values):
-            seen = _Seen(
+            seen = _Value(
                 name=use.name,
-                output=place < len(use.outputs),
+                output=place < use.outputs,
                 additive=use.additive,
                 value=value,
                 moves=[(order, moved[position].values[place]) for order, moved in moves],
                 other=None if shapes is None else shapes[position].values[place].shape,
                 examples=len(index),
             )
-            owners.append(seen.owner(uses[position].values[place], examples))
+            owners.append(seen.owner())
         found.append(owners)
-    return uses, found
+    return _course(uses, found)
 
 
-def _uses(capture: Capture) -> list[Use]:
-    return capture.uses if capture.x is None else [*capture.uses, capture.x]
+def _course(uses: list[Seen], owners: list[list[Ownership]]) -> Course:
+    planned = [
+        Planned(use.name, use.positions, own[: use.outputs], own[use.outputs :])
+        for use, own in zip(uses, owners, strict=True)
+    ]
+    entered = bool(uses) and uses[-1].name == "x" and not uses[-1].positions
+    return Course(planned[:-1], owners[-1][0]) if entered else Course(planned)
 
 
-def _looked(run: Callable[[Batch], Capture], batch: Batch, index: Tensor) -> list[Use] | None:
-    """The uses on other examples; None where the model refuses them."""
-    try:
-        return _uses(run(select_examples(batch, index)))
-    except Exception:  # a model may be built for one batch size, a batch may hold what cannot be selected from
-        return None
-
-
-def _alike(uses: list[Use], others: list[Use]) -> bool:
+def _alike(uses: list[Seen], others: list[Seen]) -> bool:
     """Whether two passes on different numbers of examples make the same calls."""
     return len(uses) == len(others) and all(
-        use.name == other.name and [v.ndim for v in use.values] == [v.ndim for v in other.values]
+        (use.name, use.positions) == (other.name, other.positions)
+        and [v.ndim for v in use.values] == [v.ndim for v in other.values]
         for use, other in zip(uses, others, strict=True)
     )
 
 
-def _check_made(uses: list[Use], others: list[Use] | None) -> None:
+def _check_made(uses: list[Seen], others: list[Seen] | None) -> None:
     """What is made of parameters alone must not change with the examples.
 
     Raises:
@@ -179,7 +286,7 @@ def _orders(n: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Value:
     """One output or activation of a use in all passes.
 
     Attributes:
@@ -200,8 +307,8 @@ class _Seen:
     other: torch.Size | None
     examples: int
 
-    def owner(self, own: Tensor, count: int) -> Ownership:
-        """The ownership of the value in the batch's own pass, with its own number of examples."""
+    def owner(self) -> Ownership:
+        """The ownership of the value."""
         dims = self._dims()
         if isinstance(dims, Unknown):
             return dims
@@ -224,8 +331,7 @@ class _Seen:
             return Unknown(f"the rows of the output of `{self.name}` do not follow the order of the examples")
         if len(candidates) > 1 and candidates[1][0] <= 4 * (best + self._epsilon):
             return Unknown(f"the rows of the output of `{self.name}` look alike, so that their examples cannot be told")
-        index = torch.arange(own.shape[dim], device=own.device)
-        return Rows(dim, index // inner % count)
+        return Rows(dim, inner, self.value.shape[dim] // (self.examples * inner))
 
     @property
     def _epsilon(self) -> float:

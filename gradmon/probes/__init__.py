@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradmon._evidence import (
     BatchGradient,
     Curvature,
+    GradientMoments,
     InputGradients,
     InputSweep,
     PerExampleGradients,
@@ -16,7 +17,9 @@ from gradmon._evidence import (
 from gradmon.probes.gradient import batch_gradient
 from gradmon.probes.gradient import gradient_evidence as gradient_evidence
 from gradmon.probes.input_sweep import input_sweep
-from gradmon.probes.per_example import input_gradients, per_example
+from gradmon.probes.passive import LISTENED as LISTENED
+from gradmon.probes.passive import PassiveProbe as PassiveProbe
+from gradmon.probes.per_example import gradient_moments, input_gradients, per_example
 from gradmon.probes.scene import Probe
 from gradmon.probes.scene import Scene as Scene
 from gradmon.probes.step import across as across
@@ -33,6 +36,7 @@ PROBES: dict[type, Probe] = {
     Curvature: curvature,
     InputSweep: input_sweep,
     PerExampleGradients: per_example,
+    GradientMoments: gradient_moments,
     InputGradients: input_gradients,
     Step: step,
     StepPair: step_pair,

@@ -8,7 +8,7 @@ from torch import Tensor
 from gradmon._errors import Unavailable
 from gradmon._evidence import InputSweep
 from gradmon._tensors import length, working
-from gradmon.per_example import PerExample
+from gradmon.per_example import PerExample, Wanted
 from gradmon.perturbations.inputs import InputPoint
 from gradmon.probes.scene import Scene
 
@@ -24,8 +24,7 @@ def input_sweep(scene: Scene) -> InputSweep:
     """
     scene.entry  # noqa: B018 - says why where the inputs cannot be found
     engine, weights = scene.shares, scene.objective.weights
-    with engine.run() as taken:
-        x, gradients = taken.inputs()
+    x, gradients = engine.run(Wanted(gram=False)).inputs()
     point = InputPoint(x, gradients, lambda i, u: _pull(scene, engine, gradients, i, u), scene.generator())
     perturbations = scene.input_sampler.draw(point)
     count = min(len(x), scene.input_sampler.examples or len(x))
@@ -61,9 +60,8 @@ def input_sweep(scene: Scene) -> InputSweep:
 
 
 def _share(scene: Scene, engine: PerExample, example: int, delta: Tensor | None) -> Tensor:
-    weights = scene.objective.weights
-    with engine.run(delta=delta) as taken:
-        return working(weights.flatten(taken.share(example)))
+    taken = engine.run(Wanted(gram=False, example=example), delta=delta)
+    return working(scene.objective.weights.flatten(taken.share))
 
 
 def _pull(scene: Scene, engine: PerExample, start: Tensor, example: int, u: Tensor) -> Tensor:
@@ -74,8 +72,7 @@ def _pull(scene: Scene, engine: PerExample, start: Tensor, example: int, u: Tens
         return torch.zeros_like(start[example])
     radius = _PULL_SCALE * length(weights.flatten(base)) / size
     moved = [value + part * radius for value, part in zip(base, weights.unflatten(u), strict=True)]
-    with engine.run(values=moved) as taken:
-        return taken.inputs()[1][example] - start[example]
+    return engine.run(Wanted(gram=False), values=moved).inputs()[1][example] - start[example]
 
 
 def _padded(rows: list[list[float]]) -> Tensor:

@@ -3,41 +3,74 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from gradmon._errors import Unavailable
-from gradmon._evidence import InputGradients, PerExampleGradients
-from gradmon._tensors import gram, wide
-from gradmon.per_example import Pass
+from gradmon._evidence import GradientMoments, InputGradients, PerExampleGradients
+from gradmon._parameters import Weights
+from gradmon._tensors import gram
+from gradmon.per_example import PerExampleResult, Wanted
 from gradmon.probes.scene import Scene
+
+_KINDS = frozenset({PerExampleGradients, GradientMoments})
 
 
 def per_example(scene: Scene) -> PerExampleGradients:
-    """The Gram matrix of the examples' gradients, and the mean and variance of each coordinate.
+    """The Gram matrix of the examples' gradients.
 
     Raises:
         Unavailable: The examples' gradients cannot be told apart, or are not finite.
     """
-    weights = scene.objective.weights
-    with scene.shares.run() as taken:
-        rows = wide(taken.rows())
+    return gram_evidence(_gathered(scene, PerExampleGradients), scene.objective.weights, scene.micro_batches)
+
+
+def gradient_moments(scene: Scene) -> GradientMoments:
+    """Mean and variance of each looked-at coordinate over the examples.
+
+    Raises:
+        Unavailable: The examples' gradients cannot be told apart, or are not finite.
+    """
+    return moments_evidence(_gathered(scene, GradientMoments))
+
+
+def _gathered(scene: Scene, kind: type) -> PerExampleResult:
+    """One pass for all kinds of evidence that are going to be asked for."""
+    kinds = (scene.needed | {kind}) & _KINDS
+
+    def look() -> PerExampleResult:
+        wanted = Wanted(gram=PerExampleGradients in kinds, moments=GradientMoments in kinds, precise=True)
+        taken = scene.shares.run(wanted)
         # The same pass has the input gradients, for whoever asks for them later, or hears then why they are missing.
         with contextlib.suppress(Unavailable):
-            scene.once("input gradients", lambda: _inputs(scene, taken))
-    if not bool(torch.isfinite(rows).all()):
-        raise Unavailable("non-finite gradient")
-    means = rows.mean(0)
-    return PerExampleGradients(
-        gram=weights.coordinates.gram(rows),
-        means=means,
-        variances=(rows - means).square_().sum(0) / (len(rows) - 1),  # 0 / 0 for a batch of one
-        seen=rows.any(0),
-        total=weights.total,
-        micro_batches=scene.micro_batches,
-        epsilon=scene.objective.epsilon,
-    )
+            scene.once("input gradients", lambda: _inputs(scene, taken.inputs))
+        return taken.result
+
+    return scene.once(("examples", kinds), look)
+
+
+def gram_evidence(found: PerExampleResult, weights: Weights, micro_batches: int) -> PerExampleGradients:
+    """What the metrics over inner products need.
+
+    Raises:
+        Unavailable: They were not gathered.
+    """
+    if found.gram is None:
+        raise Unavailable("the examples' gradients were not looked at")
+    return PerExampleGradients(found.gram, weights.total, micro_batches, found.epsilon, found.resolution)
+
+
+def moments_evidence(found: PerExampleResult) -> GradientMoments:
+    """What the metrics over coordinates need.
+
+    Raises:
+        Unavailable: They were not gathered.
+    """
+    if found.means is None or found.variances is None or found.seen is None:
+        raise Unavailable("the examples' gradients were not looked at")
+    return GradientMoments(found.means, found.variances, found.seen, found.examples)
 
 
 def input_gradients(scene: Scene) -> InputGradients:
@@ -48,16 +81,23 @@ def input_gradients(scene: Scene) -> InputGradients:
     """
 
     def look() -> Tensor:
-        with scene.shares.run() as taken:
-            return _inputs(scene, taken)
+        return _inputs(scene, scene.shares.run(Wanted(gram=False)).inputs)
 
-    found = scene.once("input gradients", look)
-    if not bool(torch.isfinite(found).all()):
+    return input_evidence(scene.once("input gradients", look))
+
+
+def input_evidence(gradients: Tensor) -> InputGradients:
+    """The Gram matrix of input gradients, (B, ...).
+
+    Raises:
+        Unavailable: They are not finite.
+    """
+    if not bool(torch.isfinite(gradients).all()):
         raise Unavailable("non-finite gradient")
-    rows = found.reshape(len(found), -1)
+    rows = gradients.reshape(len(gradients), -1)
     return InputGradients(gram=gram(rows), total=rows.shape[1])
 
 
-def _inputs(scene: Scene, taken: Pass) -> Tensor:
+def _inputs(scene: Scene, found: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
     scene.entry  # noqa: B018 - says why where the inputs cannot be found
-    return taken.inputs()[1]
+    return found()[1]

@@ -15,7 +15,7 @@ from gradmon._errors import Unavailable
 from gradmon._objective import Gradient, Objective
 from gradmon._tensors import length, wide
 from gradmon._types import Batch, Derivative
-from gradmon.per_example import Entry, PerExample, find_entry
+from gradmon.per_example import Entry, Experience, PerExample, find_entry
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
 
@@ -40,6 +40,8 @@ class Scene:
         next_batch: The batch chi' of the next step; None without one.
         input_module: The module whose output is x; None to find x.
         seed: The seed of the samplers.
+        needed: The kinds of evidence that will be asked for, so that one pass gathers what can be had together.
+        experience: What earlier probes found out about the examples' gradients.
     """
 
     objective: Objective
@@ -54,6 +56,8 @@ class Scene:
     next_batch: Batch | None = None
     input_module: nn.Module | str | None = None
     seed: int = 0
+    needed: frozenset[type] = frozenset()
+    experience: Experience = field(default_factory=Experience)
     _seen: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False)
 
     def once(self, key: Any, make: Callable[[], _T]) -> _T:
@@ -125,9 +129,9 @@ class Scene:
 
         def make() -> PerExample:
             try:
-                return PerExample(self.objective, self.entry)
+                return PerExample(self.objective, self.entry, self.experience)
             except Unavailable:
-                return PerExample(self.objective)
+                return PerExample(self.objective, None, self.experience)
 
         return self.once("shares", make)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradmon._errors import Unavailable
 from gradmon._evidence import Curvature, ScaledSweep, WeightSweep
 from gradmon._tensors import gram, largest_quotient, working
+from gradmon.per_example import Wanted
 from gradmon.perturbations.weights import Krylov, WeightPoint, WeightSampler
 from gradmon.probes.scene import Scene
 
@@ -154,5 +155,5 @@ def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
 
 
 def _example(scene: Scene, example: int) -> Tensor:
-    with scene.shares.run() as taken:
-        return working(scene.objective.weights.flatten(taken.share(example)))
+    taken = scene.shares.run(Wanted(gram=False, example=example))
+    return working(scene.objective.weights.flatten(taken.share))

@@ -1,0 +1,326 @@
+"""What a probe found about the examples' gradients, put together and compared with the gradients themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmon._errors import Unavailable
+from gradmon._parameters import Weights
+from gradmon._tensors import wide
+from gradmon.per_example.products import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """The examples of one forward pass.
+
+    Attributes:
+        task: The backward pass that it was part of.
+        number: The how many-th forward pass it was.
+        examples: How many examples.
+    """
+
+    task: int
+    number: int
+    examples: int
+
+
+@dataclass(frozen=True)
+class PerExampleResult:
+    """The examples' gradients, as far as they were wanted.
+
+    Attributes:
+        examples: Their number B.
+        gram: ``h_i . h_j``, (B, B), float64, reweighted under a mask; None if it was not wanted.
+        rows: The looked-at coordinates, (B, k); None if they were not wanted.
+        means: Their means, (k,), float64; None if moments were not wanted.
+        variances: Their unbiased variances, (k,), float64; NaN for a batch of one.
+        seen: Which of them are not zero for all examples, (k,), bool.
+        epsilon: The relative rounding error of one number in the passes.
+        resolution: The relative rounding error of an inner product of two gradients of norm 1.
+    """
+
+    examples: int
+    gram: Tensor | None
+    rows: Tensor | None
+    means: Tensor | None
+    variances: Tensor | None
+    seen: Tensor | None
+    epsilon: float
+    resolution: float
+
+
+class Collected:
+    """What has been found so far, by parameter and group of examples, at the scale of the gradients that arrived.
+
+    Args:
+        weights: The layout of `w`, and the coordinates that are looked at.
+        sampled: The same for moments.
+    """
+
+    def __init__(self, weights: Weights, sampled: Weights) -> None:
+        self._weights, self._sampled = weights, sampled
+        self._groups: dict[Group, None] = {}
+        self._products: dict[tuple[Group, Group], Tensor] = {}
+        self._rows: dict[int, dict[Group, Tensor]] = {}
+        self._moments: dict[int, Moments] = {}
+        self.shares: dict[int, Tensor] = {}
+        self._ways: dict[int, dict[str, None]] = {}
+        self._sent: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._received: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self.epsilon = 0.0
+        self.work_epsilon = 0.0
+
+    def noted(self, arrived: Sequence[Tensor | None], coarsest: torch.dtype) -> None:
+        """Note the types in which gradients arrive and products are made of them."""
+        for gradient in arrived:
+            if gradient is not None:
+                self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
+                made = torch.finfo(torch.promote_types(gradient.dtype, coarsest)).eps
+                self.work_epsilon = max(self.work_epsilon, made)
+
+    def join(self, group: Group) -> None:
+        """Count the examples of a forward pass."""
+        self._groups[group] = None
+
+    def join_missing(self, group: Group) -> None:
+        """Count the examples of a forward pass of whose uses none had a gradient."""
+        if not self._groups:
+            self.join(group)
+
+    def cover(self, position: int, way: str) -> None:
+        """Note by which way the gradients of a parameter were had."""
+        self._ways.setdefault(position, {})[way] = None
+
+    def coverage(self) -> dict[str, str]:
+        """By which way each parameter is covered: ``"linear"``, ``"replay"``, ``"repeat"``, ..., or ``"unused"``."""
+        names = self._weights.names
+        return {name: " + ".join(self._ways.get(at, {})) or "unused" for at, name in enumerate(names)}
+
+    def add_products(self, position: int, groups: Sequence[Group], product: Tensor) -> None:
+        """Add the inner products of one parameter's gradients, (N, N) for the examples of some groups."""
+        sizes = [group.examples for group in groups]
+        factor = self._factor(position)
+        for a, rows in zip(groups, product.split(sizes), strict=True):
+            for b, block in zip(groups, rows.split(sizes, dim=1), strict=True):
+                key = (a, b)
+                part = block * factor
+                self._products[key] = self._products[key] + part if key in self._products else part
+                if a.task == b.task:
+                    size, trace = self._sent.get((position, a.task), (0.0, 0.0))
+                    self._sent[position, a.task] = size + block.sum(), trace + (block.trace() if a is b else 0.0)
+
+    def _factor(self, position: int) -> float:
+        """How much a looked-at coordinate of a parameter counts in inner products."""
+        picks = self._weights.picks
+        return 1.0 if picks is None else self._weights.sizes[position] / max(1, picks[position].numel())
+
+    def clear_products(self) -> None:
+        """Forget the inner products, because they are going to be added anew."""
+        self._products.clear()
+        self._sent.clear()
+
+    def add_rows(self, position: int, group: Group, rows: Tensor) -> None:
+        """Add the looked-at coordinates of one parameter's gradients, (n, k)."""
+        self._rows.setdefault(position, {})[group] = rows
+        self._sum(position, group.task, wide(rows.sum(0)))
+
+    def add_moments(self, position: int, group: Group, found: Moments) -> None:
+        """Add the moments of one parameter's gradients."""
+        before = self._moments.get(position)
+        self._moments[position] = found if before is None else before.with_(found)
+        self._sum(position, group.task, found.means * found.count)
+
+    def add_share(self, position: int, share: Tensor) -> None:
+        """Add one parameter's whole gradient of the example that is looked at."""
+        self.shares[position] = share
+
+    def _sum(self, position: int, task: int, total: Tensor) -> None:
+        before = self._sums.get((position, task))
+        self._sums[position, task] = total if before is None else before + total
+
+    def add_gradient(self, position: int, task: int, gradient: Tensor) -> None:
+        """Note what a parameter was sent as a whole by one backward pass."""
+        flat = gradient.detach().reshape(-1)
+        size = _square(flat)
+        parts = [
+            size if layout.picks is None else _square(flat[layout.picks[position]])
+            for layout in (self._weights, self._sampled)
+        ]
+        self._received[position, task] = size, parts[0], parts[1]
+        self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
+
+    def check(self) -> None:
+        """Make sure that no gradient took a way that was not seen: all shares together are what was sent.
+
+        Raises:
+            Unavailable: They are not, for some parameter.
+        """
+        received = list(self._received.items())
+        if not received:
+            return
+        sizes = torch.stack([torch.stack(pair) for _, pair in received]).tolist()
+        everything = sum(size for size, _, _ in sizes)
+        if not math.isfinite(everything):
+            raise Unavailable("non-finite gradient")
+        fine = max(self.epsilon, self.work_epsilon)
+        floor = (64 * fine) ** 2 * everything
+        tolerance = 4 * max(16 * self.epsilon, self.work_epsilon**0.5)
+        for ((position, task), _), (_, seen, sampled) in zip(received, sizes, strict=True):
+            name = self._weights.names[position]
+            if position not in self._ways:
+                raise Unavailable(f"no call is seen that uses `{name}`, although the loss depends on it")
+            pairs: list[tuple[float, float, float]] = []
+            if (position, task) in self._sums:
+                pairs.append((float(_square(self._sums[position, task])), sampled, 0.0))
+            if (position, task) in self._sent:
+                found, trace = (float(value) for value in self._sent[position, task])
+                count = sum(group.examples for group in self._groups if group.task == task)
+                pairs.append((found, seen, 64 * fine * count * trace))
+            for found, expected, rounding in pairs:
+                if not abs(found - expected) <= tolerance * max(found, expected) + rounding + floor:
+                    raise Unavailable(f"the examples' gradients of `{name}` do not add up to its batch gradient")
+
+    def result(self, count: int | None, *, gram: bool, moments: bool, rows: bool) -> PerExampleResult:
+        """Everything put together, at the scale of the shares: their mean is the batch gradient.
+
+        Args:
+            count: The number of examples of the batch, if it is known; it tells whether several forward passes before
+                one backward pass saw the same examples.
+            gram: Whether inner products are wanted.
+            moments: Whether means and variances are wanted.
+            rows: Whether the coordinates are wanted.
+
+        Raises:
+            Unavailable: Something is not finite, does not add up, or the passes do not fit the batch.
+        """
+        self.check()
+        groups = sorted(self._groups, key=lambda group: group.number)
+        if not groups:
+            raise Unavailable("no backward pass through the model was seen")
+        owner, examples = _owners(groups, count)
+        weights = self._weights
+        matrix: Tensor | None = None
+        if gram:
+            matrix = self._folded(groups, owner, examples)
+            matrix = (matrix + matrix.T) * (examples**2 / 2)
+        means: Tensor | None = None
+        squares: Tensor | None = None
+        if moments:
+            pairs = [self._pair(position, groups, owner, examples) for position in range(len(weights.sizes))]
+            means = torch.cat([pair.means for pair in pairs]) * examples
+            squares = torch.cat([pair.squares for pair in pairs])
+        kept: Tensor | None = None
+        if rows:
+            held = _held(weights)
+            parts = [
+                part if (part := self._joined(position, groups, owner, examples, k)) is not None
+                else torch.zeros(examples, k) for position, k in enumerate(held)
+            ]  # fmt: skip
+            kept = torch.cat([part.to(weights.device, weights.dtype) for part in parts], dim=1) * examples
+        if any(t is not None and not bool(torch.isfinite(t).all()) for t in (matrix, means, squares, kept)):
+            raise Unavailable("non-finite gradient")
+        return PerExampleResult(
+            examples=examples,
+            gram=matrix,
+            rows=kept,
+            means=means,
+            # 0 / 0 for a batch of one
+            variances=None if squares is None else squares * (examples**2) / (examples - 1 if examples > 1 else math.nan),
+            seen=None if means is None or squares is None else (squares > 0) | (means != 0),
+            epsilon=max(self.epsilon, weights.epsilon),
+            resolution=self.work_epsilon,
+        )
+
+    def _pair(self, position: int, groups: Sequence[Group], owner: Tensor, examples: int) -> Moments:
+        """The moments of one parameter's gradients; zeros where none arrived."""
+        k = _held(self._sampled)[position]
+        rows = self._joined(position, groups, owner, examples, k)
+        found = self._moments.get(position) if rows is None else Moments.of(rows)
+        if found is None:
+            zeros = torch.zeros(k, dtype=torch.float64, device=wide(self._weights.parameters[position].detach().reshape(-1)[:0]).device)
+            return Moments(examples, zeros, zeros)
+        # Examples of whose passes nothing arrived have zeros.
+        missing = examples - found.count
+        zeros = torch.zeros_like(found.means)
+        return found if missing == 0 else found.with_(Moments(missing, zeros, zeros))
+
+    def _joined(self, position: int, groups: Sequence[Group], owner: Tensor, examples: int, k: int) -> Tensor | None:
+        """The coordinates of one parameter's gradients, (B, k); None where none are held."""
+        held = self._rows.get(position)
+        if held is None:
+            return None
+        like = next(iter(held.values()))
+        if len(groups) == 1:
+            return like
+        parts = [held[group] if group in held else like.new_zeros(group.examples, k) for group in groups]
+        return like.new_zeros(examples, k).index_add_(0, owner.to(like.device), torch.cat(parts))
+
+    def _folded(self, groups: Sequence[Group], owner: Tensor, examples: int) -> Tensor:
+        """The inner products of the batch's examples from those of the groups'."""
+        rows = [
+            torch.cat(
+                [
+                    self._products.get(
+                        (a, b), torch.zeros(a.examples, b.examples, dtype=torch.float64, device=owner.device)
+                    )
+                    for b in groups
+                ],
+                dim=1,
+            )
+            for a in groups
+        ]
+        whole = torch.cat(rows)
+        if examples == len(whole):
+            return whole
+        half = whole.new_zeros(examples, len(whole)).index_add_(0, owner, whole)
+        return whole.new_zeros(examples, examples).index_add_(1, owner, half)
+
+
+def _held(weights: Weights) -> list[int]:
+    """How many coordinates of each parameter are looked at."""
+    return weights.sizes if weights.picks is None else [pick.numel() for pick in weights.picks]
+
+
+def _owners(groups: Sequence[Group], count: int | None) -> tuple[Tensor, int]:
+    """The example of each row of each group, and the number of examples.
+
+    Several forward passes before one backward pass saw the same examples, unless the batch has as many as all of them;
+    different backward passes saw different examples.
+    """
+    by_task: dict[int, list[Group]] = {}
+    for group in groups:
+        by_task.setdefault(group.task, []).append(group)
+    separate = sum(group.examples for group in groups)
+    alike = all(group.examples == together[0].examples for together in by_task.values() for group in together)
+    paired = sum(together[0].examples for together in by_task.values())
+    known = {separate, paired, *(group.examples for group in groups)}
+    if count is not None and count not in known:
+        seen = " + ".join(str(group.examples) for group in groups)
+        raise Unavailable(
+            f"the batch has {count} examples, but the model was called on {seen}: if its inputs hold the examples along "
+            "another dimension than the first, say so by example_dim"
+        )
+    if separate == paired or count == separate:
+        return torch.arange(separate), separate
+    if not alike:
+        raise Unavailable("forward passes on different numbers of examples before one backward pass")
+    owners, start = dict[Group, Tensor](), 0
+    for together in by_task.values():
+        for group in together:
+            owners[group] = torch.arange(start, start + group.examples)
+        start += together[0].examples
+    return torch.cat([owners[group] for group in groups]), paired
+
+
+def _square(vector: Tensor) -> Tensor:
+    """The squared norm, float64; without overflow on the way."""
+    if vector.device.type == "mps":
+        return wide(torch.linalg.vector_norm(vector.float())).square()
+    return torch.linalg.vector_norm(vector, dtype=torch.float64).square()

@@ -1,0 +1,416 @@
+"""The gradients of single examples from the user's own passes, by hooks that are there only while they are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode
+from torch.utils.hooks import RemovableHandle
+
+from gradmon._batches import example_count, map_tensors, tensors
+from gradmon._errors import GradmonError, Unavailable
+from gradmon._parameters import Weights, unwrapped
+from gradmon._sandbox import Sandbox
+from gradmon._types import Batch
+from gradmon.masks import Mask
+from gradmon.per_example.active import Experience, by_example, entry_of, without_zeros
+from gradmon.per_example.capture import Capture, Entry, Use
+from gradmon.per_example.collected import PerExampleResult
+from gradmon.per_example.recorder import Recorder, Recording, Wanted
+from gradmon.per_example.rows import Course, Seen, Still, find_course
+from gradmon.per_example.whole import whole_modules
+
+_CHECKED_EVERY = 100
+"""Every how many-th probe is compared with the slowest way."""
+
+
+@dataclass
+class _Call:
+    """A call of a module that is under way.
+
+    Attributes:
+        module: The module.
+        close: What ends the capture that was begun with it.
+    """
+
+    module: nn.Module
+    close: Callable[[bool], None] | None = None
+
+
+class Listener:
+    """Gathers the examples' gradients from forward and backward passes that are made anyway.
+
+    Between `arm` and `disarm` every module of the model has hooks; the outermost one that is called is looked into, and
+    the uses of parameters in it have hooks at their outputs. At other times there is nothing. Whose rows are whose is
+    found out by some passes of our own, when a module is called for the first time, and remembered.
+
+    Args:
+        model: The model.
+        gram: Whether to gather the inner products of the examples' gradients.
+        moments: Whether to gather mean and variance of each coordinate over the examples.
+        inputs: Whether to gather the gradients with respect to the examples' inputs.
+        mask: The coordinates to look at; None for all.
+        moments_mask: Those of moments, if they are others.
+        example_dim: The dimension of the tensors that the model is called with that holds the examples; None for the
+            first.
+        input_module: The module (or its name) whose output is an example's input x; None to find it.
+        experience: Rules, bounds, and what earlier probes found out.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> listener = Listener(model)
+        >>> listener.arm()
+        >>> model(torch.ones(4, 3)).mean().backward()
+        >>> found = listener.collect()
+        >>> listener.disarm()
+        >>> found.gram.shape
+        torch.Size([4, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gram: bool = True,
+        moments: bool = False,
+        inputs: bool = False,
+        mask: Mask | None = None,
+        moments_mask: Mask | None = None,
+        example_dim: int | None = None,
+        input_module: nn.Module | str | None = None,
+        experience: Experience | None = None,
+    ) -> None:
+        self._model = unwrapped(model)
+        self._wanted = Wanted(gram=gram, moments=moments)
+        self._inputs, self._mask, self._moments_mask = inputs, mask, moments_mask
+        self._input_module = self._model.get_submodule(input_module) if isinstance(input_module, str) else input_module
+        self._dim, self._dim_given = example_dim or 0, example_dim is not None
+        self.experience = experience or Experience()
+        self._refused: dict[Any, str] = {}
+        self._strays: dict[Any, int] = {}
+        self._handles: list[RemovableHandle] = []
+        self._local = threading.local()
+        self._looking = False
+        self._recorder: Recorder | None = None
+
+    @property
+    def armed(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._handles)
+
+    def arm(self) -> None:
+        """Attach the hooks, and begin anew."""
+        self.disarm()
+        experience = self.experience
+        weights = Weights(self._model, None if self._mask is None else self._mask.picks(self._model))
+        sampled = None if self._moments_mask is None else Weights(self._model, self._moments_mask.picks(self._model))
+        check = experience.probes % _CHECKED_EVERY == 0
+        if check:
+            self._refused.clear()
+        self._recorder = recorder = Recorder(
+            weights,
+            self._wanted,
+            experience.rules,
+            experience.ways,
+            sampled=sampled,
+            check=check,
+            max_memory=experience.max_memory,
+            scratch=experience.scratch,
+            several=experience.several,
+        )
+        experience.scratch = recorder.scratch
+        self._ambiguous: list[Tensor] = []
+        self._courses: list[tuple[Any, Course, Entry | None]] = []
+        self._entered: dict[Recording, Course] = {}
+        compiled = _compiled(self._model)
+        if compiled is not None:
+            recorder.fail(compiled)
+            return
+        for position, parameter in enumerate(weights.parameters):
+            self._handles.append(parameter.register_hook(_receiver(recorder, position)))
+        for module in self._model.modules():
+            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def disarm(self) -> None:
+        """Take all hooks off, and let everything go."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        # An interrupt can end a forward pass without any hook being told.
+        while self._calls:
+            call = self._calls.pop()
+            if call.close is not None:
+                call.close(True)
+        self._recorder = None
+
+    def collect(self, batch: Batch | None = None) -> PerExampleResult:
+        """What the passes since `arm` have shown.
+
+        Args:
+            batch: The batch of the step, or some of its tensors; it settles whether several forward passes saw the same
+                examples. None where that is clear.
+
+        Raises:
+            Unavailable: No number can be trusted; the reason says why.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            raise Unavailable("the model was not listened to")
+        experience = self.experience
+        experience.probes += 1
+        experience.several = recorder.backwards > 1
+        if recorder.stray:
+            self._forget()
+        if not self._courses and recorder.failure is None:
+            raise Unavailable(
+                "no forward pass of the model was seen (a compiled one cannot be seen: give the monitor the loss, "
+                "so that it takes passes of its own)"
+            )
+        collected = recorder.finish()
+        experience.coverage = collected.coverage()
+        count = _count(batch)
+        self._settle(batch)
+        found = collected.result(count, gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
+        self._strays.clear()
+        return found
+
+    def input_gradients(self) -> Tensor:
+        """The gradients with respect to the examples' inputs, ``B dL/dx``, (B, ...), after `collect`.
+
+        Raises:
+            Unavailable: They cannot be told apart.
+        """
+        recorder = self._recorder
+        if recorder is None or recorder.failure is not None:
+            raise Unavailable("the model was not listened to" if recorder is None else str(recorder.failure))
+        found = recorder.inputs()
+        if len({task for _, task, _ in found}) != len(found) or not found:
+            raise Unavailable("the inputs of the examples were not found" if not found else "several forward passes")
+        parts = [by_example(flow, self._entered[recording].x, recording.examples) for recording, _, flow in found]
+        whole = torch.cat(parts)
+        return whole * len(whole)
+
+    def _forget(self) -> None:
+        """What was found out about forward passes holds no longer; one that never repeats itself is given up."""
+        for key, course, _ in self._courses:
+            if self.experience.courses.get(key) is course:
+                del self.experience.courses[key]
+            self._strays[key] = self._strays.get(key, 0) + 1
+            if self._strays[key] > 2:
+                self._refused[key] = "the forward pass does not repeat itself"
+
+    def _settle(self, batch: Batch | None) -> None:
+        """Make sure which dimension holds the examples, where two could."""
+        given = [] if batch is None else list(tensors(batch))
+        for seen in self._ambiguous:
+            same = (t for t in given if t.shape == seen.shape and t.dtype == seen.dtype)
+            if not any(torch.equal(t.detach().to(seen.device), seen) for t in same):
+                raise Unavailable(
+                    f"the model's input of shape {tuple(seen.shape)} could hold the examples along either of its first "
+                    "dimensions: say which by example_dim"
+                )
+
+    @property
+    def _calls(self) -> list[_Call]:
+        """The calls under way in this thread, outermost first."""
+        if not hasattr(self._local, "calls"):
+            self._local.calls = []
+        return self._local.calls
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before a call of a module: if it is the outermost, begin to look into it."""
+        recorder = self._recorder
+        if torch.compiler.is_compiling() or recorder is None or recorder.busy or self._looking:
+            return None
+        calls = self._calls
+        call = _Call(module)
+        calls.append(call)
+        if len(calls) > 1 or recorder.failure is not None or not torch.is_grad_enabled():
+            return None
+        try:
+            if torch._C._current_graph_task_id() != -1:
+                call.close = self._listen_again(recorder, args, kwargs)
+                return None
+            return self._listen(recorder, call, module, args, kwargs)
+        except Unavailable as missing:
+            recorder.fail(missing.reason)
+        except Exception as error:
+            recorder.fail(f"{type(error).__name__}: {error}")
+        return None
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After a call of a module, also one that failed."""
+        calls, recorder = self._calls, self._recorder
+        if self._looking or (recorder is not None and recorder.busy) or not calls or calls[-1].module is not module:
+            return
+        call = calls.pop()
+        if call.close is not None:
+            call.close(output is None and sys.exc_info()[0] is not None)
+
+    def _listen_again(self, recorder: Recorder, args: Any, kwargs: Any) -> Callable[[bool], None]:
+        """Look into a checkpointed part that is computed once more during the backward pass."""
+        inputs = list(tensors((args, kwargs)))
+        capture = Capture(recorder.weights.parameters, inputs, lambda use: recorder.again(use, capture.tape), first=True)
+        return _entered(capture, self._model, self.experience)
+
+    def _listen(self, recorder: Recorder, call: _Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        batch = (args, kwargs)
+        try:
+            examples = example_count(batch, self._dim)
+        except GradmonError as error:
+            raise Unavailable(f"the examples cannot be counted: {error}") from error
+        key, course, entry = self._known(recorder, module, batch, examples)
+        self._courses.append((key, course, entry))
+        first = next(t for t in tensors(batch) if t.ndim > 0)
+        if not self._dim_given and first.ndim > 1 and first.shape[0] == first.shape[1] > 1:
+            self._ambiguous.append(first.detach().clone())
+        recording = Recording(recorder, course, examples, number=len(self._courses))
+        self._entered[recording] = course
+        replaced: list[tuple[Tensor, Tensor, int]] = []
+        inputs = list(tensors(batch))
+        capture = Capture(recorder.weights.parameters, inputs, recording.note, entry)
+        recording.tape = capture.tape
+        capture.entered = lambda x: recorder.enter(recording, x)
+        if entry is not None and entry.position is not None:
+            given = inputs[entry.position]
+            x = capture.enter(given, frozenset({entry.position}))
+            replaced.append((given, x, x._version))
+            batch = map_tensors(batch, lambda t: x if t is given else t)
+        close = _entered(capture, self._model, self.experience)
+
+        def finish(failed: bool) -> None:
+            close(failed)
+            for original, twin, version in replaced:
+                if twin._version != version:  # the model overwrote its input: let the caller see it
+                    with torch.no_grad():
+                        original.copy_(twin)
+            if failed:
+                del self._courses[-1]
+            elif recorder.failure is None:
+                recording.finish()
+
+        call.close = finish
+        return batch if replaced else None
+
+    def _known(
+        self, recorder: Recorder, module: nn.Module, batch: Batch, examples: int
+    ) -> tuple[Any, Course, Entry | None]:
+        """The course of a call, found out if it is not known yet."""
+        inputs = list(tensors(batch))
+        key = (id(module), examples == 1, tuple(t.ndim for t in inputs), self._inputs)
+        if key in self._refused:
+            raise Unavailable(self._refused[key])
+        entries: dict[Any, Any] = self.experience.courses
+        entry: Entry | None = entries.get((key, "entry"))
+        if key not in entries:
+            self._looking = True
+            try:
+                entry = self._find_entry(recorder.weights, module, batch) if self._inputs else None
+                entries[key] = self._look(recorder.weights, module, batch, examples, entry)
+                entries[key, "entry"] = entry
+            except Unavailable as missing:
+                self._refused[key] = missing.reason
+                raise
+            finally:
+                self._looking = False
+        return key, entries[key], entry
+
+    def _find_entry(self, weights: Weights, module: nn.Module, batch: Batch) -> Entry | None:
+        if self._input_module is not None:
+            return Entry(module=self._input_module)
+        consumed: set[int] = set()
+
+        def note(use: Use) -> None:
+            if any(tensor.numel() > 1 for tensor in (*use.outputs, *use.activations)):
+                consumed.update(use.origins)
+
+        with Sandbox(self._model, weights.parameters) as sandbox, sandbox.at([p.data for p in weights.parameters]):
+            args, kwargs = _copied(batch)
+            inputs = list(tensors((args, kwargs)))
+            with (capture := Capture(weights.parameters, inputs, note)):
+                module(*args, **kwargs)
+        try:
+            return entry_of(inputs, consumed, capture.embeddings)
+        except Unavailable:
+            return None
+
+    def _look(
+        self, weights: Weights, module: nn.Module, batch: Batch, examples: int, entry: Entry | None
+    ) -> Course:
+        values = [without_zeros(parameter.data) for parameter in weights.parameters]
+        with Sandbox(self._model, weights.parameters) as sandbox:
+
+            def run(batch: Batch) -> list[Seen]:
+                seen: list[Seen] = []
+                args, kwargs = _copied(batch)
+                inputs = list(tensors((args, kwargs)))
+                capture = Capture(weights.parameters, inputs, lambda use: seen.append(Seen.of(use)), entry)
+                if entry is not None and entry.position is not None:
+                    given = inputs[entry.position]
+                    x = capture.enter(given, frozenset({entry.position}))
+                    args, kwargs = map_tensors((args, kwargs), lambda t: x if t is given else t)
+                try:
+                    with sandbox.at(values), Still(), whole_modules(self._model, self.experience.rules, capture), capture:
+                        module(*args, **kwargs)
+                except (GradmonError, torch.OutOfMemoryError):
+                    raise
+                except Exception as error:
+                    kind = type(error).__name__
+                    raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
+                if capture.x is not None:
+                    seen.append(Seen("x", [], 1, [capture.x.detach().clone()], []))
+                return seen
+
+            return find_course(run, batch, examples, self._dim)
+
+
+def _copied(batch: Batch) -> Batch:
+    return map_tensors(batch, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+
+
+def _count(batch: Batch | None) -> int | None:
+    if batch is None:
+        return None
+    try:
+        return example_count(batch)
+    except GradmonError:
+        return None
+
+
+def _entered(capture: Capture, model: nn.Module, experience: Experience) -> Callable[[bool], None]:
+    """Begin to look; the function that is returned ends it."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(whole_modules(model, experience.rules, capture))
+    capture.__enter__()
+
+    def close(failed: bool) -> None:
+        if _get_current_function_mode() is capture:
+            capture.__exit__(None, None, None)
+        capture.off = True
+        stack.close()
+
+    return close
+
+
+def _receiver(recorder: Recorder, position: int) -> Callable[[Tensor], None]:
+    def receive(gradient: Tensor) -> None:
+        if not recorder.busy:
+            recorder.gradient(position, gradient)
+
+    return receive
+
+
+def _compiled(model: nn.Module) -> str | None:
+    """Why a compiled model cannot be looked into; None if it is not one."""
+    for module in model.modules():
+        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+            return "the model is compiled: give the monitor the loss, so that it takes passes of its own"
+    return None

@@ -1,0 +1,189 @@
+"""What is made of the examples' gradients of one parameter: inner products, means and variances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradmon._tensors import wide
+from gradmon.per_example.forms import Outer, Relocated, Shares, chunks, whole
+
+_CACHED = 1 << 17
+"""How many numbers stay in the cache."""
+
+
+def inner_products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
+    """All inner products of the gradients of several groups of examples.
+
+    Args:
+        groups: For each group the forms of the parameter's uses, which are added up as gradients.
+        budget: The most numbers to be made at once.
+
+    Returns:
+        (N, N), float64, N the number of examples of all groups.
+    """
+    groups = [_merged(forms) for forms in groups]
+    found = _products(groups, budget)
+    # Squares leave the range of a type long before the numbers do: a large or small loss scale.
+    largest = float(found.diagonal().max()) if found.numel() else 0.0
+    kept = [tensor for forms in groups for form in forms for tensor in form.kept]
+    if not math.isfinite(largest) or largest < 1e-25:
+        sizes = [float(t.abs().max()) for t in kept if t.is_floating_point() and t.numel()]
+        size = max(sizes, default=0.0)
+        if size > 0 and math.isfinite(size):
+            factor = 2.0 ** -math.frexp(_largest(groups, budget))[1]
+            again = _products([[form.scaled(factor) for form in forms] for forms in groups], budget)
+            return again / factor / factor
+    return found
+
+
+def _largest(groups: Sequence[Sequence[Shares]], budget: int) -> float:
+    """The largest entry of any gradient."""
+    largest = 0.0
+    for forms in groups:
+        for form in forms:
+            for examples, rows in chunks([form], budget):
+                largest = max(largest, float(form.block(examples, rows).abs().max()))
+    return largest
+
+
+def _merged(forms: Sequence[Shares]) -> list[Shares]:
+    """Uses by matrix products are put one after the other in time: the sum of their gradients is one of the same kind."""
+    outer = [form for form in forms if isinstance(form, Outer)]
+    if len(outer) != len(forms) or len(forms) < 2:
+        return list(forms)
+    return [outer[0].beside(outer[1:])]
+
+
+def _products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
+    if len(groups) == 1:
+        forms = groups[0]
+        single = _inside(forms[0]) if len(forms) == 1 else None
+        if single is not None:
+            short = single.gram()
+            if short is not None:
+                return wide(short)
+            groups = [[single]]
+        elif _apart(forms):
+            return torch.stack([_products([[_inside(form)]], budget) for form in forms]).sum(0)
+    counts = [forms[0].examples for forms in groups]
+    total = sum(counts)
+    flat = [form for forms in groups for form in forms]
+    found = torch.zeros(total, total, dtype=torch.float64, device=wide(flat[0].kept[0][:0]).device)
+    if all(form.sliceable for form in flat):
+        share = budget * counts[0] // max(1, total)
+        ordered = len(flat) > 1
+        for _, rows in chunks(groups[0], share):
+            parts = [_added(forms, slice(0, n), rows, ordered, len(groups) > 1)
+                     for forms, n in zip(groups, counts, strict=True)]  # fmt: skip
+            part = parts[0] if len(parts) == 1 else torch.cat(parts)
+            found += part @ part.T
+        return found
+    places = [(forms, examples) for forms in groups for examples, _ in chunks(forms, budget // 2)]
+    starts = [0]
+    for _, examples in places:
+        starts.append(starts[-1] + examples.stop - examples.start)
+    for a, (forms, examples) in enumerate(places):
+        first = _added(forms, examples, whole(forms[0])[1], True, True)
+        for b in range(a + 1):
+            second = first if a == b else _added(places[b][0], places[b][1], whole(forms[0])[1], True, False)
+            product = wide(first @ second.T)
+            found[starts[a] : starts[a + 1], starts[b] : starts[b + 1]] = product
+            found[starts[b] : starts[b + 1], starts[a] : starts[a + 1]] = product.T
+    return found
+
+
+def _inside(form: Shares) -> Shares:
+    """A relocated gradient has the inner products of what was seen."""
+    return form.inner if isinstance(form, Relocated) else form
+
+
+def _apart(forms: Sequence[Shares]) -> bool:
+    """Whether several uses saw different numbers of a parameter, so that their gradients are orthogonal."""
+    seen = [form for form in forms if isinstance(form, Relocated)]
+    if len(seen) != len(forms):
+        return False
+    counts = torch.zeros(math.prod(forms[0].shape), dtype=torch.int8, device=seen[0].places.device)
+    for form in seen:
+        counts[form.places] += 1
+    return int(counts.max()) <= 1
+
+
+def _added(forms: Sequence[Shares], examples: slice, rows: slice, ordered: bool, apart: bool) -> Tensor:
+    """The sum of several uses' gradients; `apart` from the scratch memory, which the next block overwrites."""
+    part = forms[0].block(examples, rows, ordered=ordered)
+    if len(forms) == 1:
+        return part.clone() if apart else part
+    part = part.clone()
+    for form in forms[1:]:
+        part += form.block(examples, rows, ordered=ordered)
+    return part
+
+
+def coordinates(forms: Sequence[Shares], index: Tensor) -> Tensor:
+    """Some coordinates of all examples' gradients, added up over the uses, (n, k)."""
+    found = forms[0].take(index)
+    for form in forms[1:]:
+        found = found + form.take(index)
+    return found
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over examples, and sums of squared deviations from them.
+
+    Attributes:
+        count: How many examples.
+        means: (k,), float64.
+        squares: (k,), float64.
+    """
+
+    count: int
+    means: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(rows: Tensor) -> Moments:
+        """Those of some rows, (n, k)."""
+        means = rows.mean(0)
+        squares = (rows - means).square_().sum(0)
+        largest = float(squares.max()) if squares.numel() else 1.0
+        if rows.dtype != torch.float64 and not 1e-25 < largest < math.inf:  # squares leave the range of the type
+            return Moments.of(wide(rows))
+        return Moments(len(rows), wide(means), wide(squares))
+
+    def with_(self, other: Moments) -> Moments:
+        """Those of both groups of examples together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
+        count = self.count + other.count
+        gap = other.means - self.means
+        means = self.means + gap * (other.count / count)
+        squares = self.squares + other.squares + gap.square() * (self.count * other.count / count)
+        return Moments(count, means, squares)
+
+
+def moments(forms: Sequence[Shares], index: Tensor | None, budget: int) -> Moments:
+    """The moments of some coordinates, or of all, over one group of examples."""
+    if index is not None:
+        light = len(forms) == 1 and isinstance(forms[0], Outer) and forms[0].light
+        step = max(64, _CACHED // max(1, forms[0].examples)) if light else max(1, index.numel())
+        parts = [Moments.of(coordinates(forms, index[s : s + step])) for s in range(0, index.numel(), step)]
+        return _joined(parts)
+    found: list[Moments] = []
+    pieces = chunks(forms, budget)
+    for examples, rows in pieces:
+        part = Moments.of(_added(forms, examples, rows, True, False))
+        if examples.stop - examples.start < forms[0].examples and found:
+            part = found.pop().with_(part)
+        found.append(part)
+    return _joined(found)
+
+
+def _joined(parts: Sequence[Moments]) -> Moments:
+    """Moments of different coordinates side by side."""
+    if len(parts) == 1:
+        return parts[0]
+    return Moments(parts[0].count, torch.cat([p.means for p in parts]), torch.cat([p.squares for p in parts]))

@@ -1,0 +1,435 @@
+"""One probe: the forward passes that were looked into, the gradients that arrived, and what was made of them.
+
+A forward pass (a `Recording`) leaves a hook at the output of each use of a parameter. When the gradient arrives there,
+the examples' gradients are put into a form at once, and as soon as all uses of a parameter have had theirs, the
+products that are wanted are made of it and everything is let go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmon._errors import Unavailable
+from gradmon._parameters import Weights
+from gradmon._sandbox import full_precision
+from gradmon.per_example.calls import Tape
+from gradmon.per_example.capture import Use
+from gradmon.per_example.collected import Collected, Group
+from gradmon.per_example.cut import Cut
+from gradmon.per_example.forms import Dense, Scratch, Shares, one
+from gradmon.per_example.products import coordinates, inner_products, moments
+from gradmon.per_example.rows import Course, Planned
+from gradmon.per_example.rules import Rules
+from gradmon.per_example.ways import Ways
+
+_SCRATCH = 1 << 25
+"""The most bytes of one intermediate result, if `max_memory` allows it."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be made of the examples' gradients.
+
+    Attributes:
+        gram: Their inner products.
+        moments: Mean and variance of each coordinate over the examples.
+        rows: The looked-at coordinates themselves.
+        example: The whole gradient of one example; None for none.
+        precise: Whether to widen everything to float64 first.
+    """
+
+    gram: bool = True
+    moments: bool = False
+    rows: bool = False
+    example: int | None = None
+    precise: bool = False
+
+
+@dataclass(eq=False)
+class _Live:
+    """A use whose gradient has not arrived yet; held by the hook at its output, and by nothing else."""
+
+    use: Use | None
+    planned: Planned
+    recording: Recording
+    index: int
+    arrived: list[Tensor | None]
+    waiting: int
+    tape: Tape
+    places: list[int]
+    task: int | None = None
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Recording:
+    """One forward pass that is looked into.
+
+    Attributes:
+        recorder: The probe that it belongs to.
+        course: What is expected of it.
+        examples: The number of its examples.
+        number: The how many-th of its probe it is.
+    """
+
+    recorder: Recorder
+    course: Course
+    examples: int
+    number: int = 0
+    tape: Tape | None = None
+    count: int = 0
+
+    def note(self, use: Use) -> None:
+        """Leave a hook at the outputs of a use."""
+        if self.recorder.failure is not None:
+            return
+        index, self.count = self.count, self.count + 1
+        planned = self.course.uses[index] if index < len(self.course.uses) else None
+        if planned is None or not planned.fits(use) or self.tape is None:
+            self.recorder.stray = True
+            self.recorder.fail(f"the forward pass took another course than expected, at `{use.name}`")
+            return
+        self.recorder.expect(self, use, planned, index, self.tape)
+
+    def finish(self) -> None:
+        """The forward pass is over."""
+        if self.count != len(self.course.uses) and self.recorder.failure is None:
+            self.recorder.stray = True
+            self.recorder.fail("the forward pass took another course than expected: it ended early")
+
+
+@dataclass
+class _Backward:
+    """What came of one backward pass so far."""
+
+    task: int
+    remaining: dict[int, int]
+    recordings: list[Recording]
+    alone: bool
+    forms: dict[int, dict[Recording, list[Shares]]] = field(default_factory=dict[int, Any])
+    ended: bool = False
+
+
+class Recorder:
+    """Everything of one probe.
+
+    Args:
+        weights: The layout of `w`, and the coordinates that are looked at.
+        sampled: The same for moments, where it is another one.
+        wanted: What is to be made of the examples' gradients.
+        rules: The rules.
+        ways: By which way each use is covered; kept from probe to probe.
+        check: Whether every use is compared with the slow way.
+        max_memory: The most bytes to hold at a time beside what the training holds.
+        scratch: Memory for intermediate results, kept from probe to probe; None for new.
+        several: Whether several backward passes are expected, whose gradients add up.
+        single: Whether there can be only one.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        wanted: Wanted,
+        rules: Rules,
+        ways: Ways,
+        *,
+        sampled: Weights | None = None,
+        check: bool = True,
+        max_memory: int = 1 << 28,
+        scratch: Scratch | None = None,
+        several: bool = False,
+        single: bool = False,
+    ) -> None:
+        self.weights, self.wanted = weights, wanted
+        self._sampled = weights if sampled is None else sampled
+        self.failure: str | None = None
+        self.stray = False
+        self.backwards = 0
+        self.busy = False
+        self._rules, self._ways, self._check, self._several = rules, ways, check, several
+        self._max_memory, self._single = max_memory, single
+        self.scratch = scratch or Scratch(min(_SCRATCH, max_memory // 4) // 4)
+        self._live: list[weakref.ref[_Live]] = []
+        self._late: dict[tuple[str, tuple[Any, ...]], _Live] = {}
+        self._now: _Backward | None = None
+        self._group_of: dict[Recording, Group] = {}
+        self._kept: dict[int, dict[Group, list[Shares]]] | None = None if single else {}
+        self._held = 0
+        self._x: list[tuple[Recording, int, Tensor]] = []
+        self.collected = Collected(weights, self._sampled)
+
+    def fail(self, reason: str) -> None:
+        """Give up: no number of this probe can be trusted."""
+        if self.failure is None:
+            self.failure = reason
+        self._kept = None
+        self._late.clear()
+        if self._now is not None:
+            self._now.forms.clear()
+
+    @contextlib.contextmanager
+    def guarded(self) -> Generator[None]:
+        """A context for everything that runs inside the training's own passes: nothing gets out of it."""
+        self.busy = True
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                for kind in {"cpu", self.weights.device.type}:
+                    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                        stack.enter_context(torch.autocast(kind, enabled=False))
+                stack.enter_context(full_precision())
+                yield
+        except Unavailable as missing:
+            self.fail(missing.reason)
+        except torch.OutOfMemoryError:
+            self.fail("out of memory")
+        except Exception as error:
+            self.fail(f"{type(error).__name__}: {error}")
+        finally:
+            self.busy = False
+
+    def expect(self, recording: Recording, use: Use, planned: Planned, index: int, tape: Tape) -> None:
+        """Leave hooks at the outputs of a use, which hold all that its gradient will meet."""
+        nodes: dict[Any, list[tuple[int, int]]] = {}
+        for at, output in enumerate(use.outputs):
+            nodes.setdefault(output.grad_fn, []).append((at, output.output_nr))
+        late = not self._single and _recomputed() and self._ways.unique(recording.course, planned)
+        live = _Live(use, planned, recording, index, [None] * len(use.outputs), len(nodes), tape, use.places)
+        use.outputs = []
+        if late:
+            # What is going to be computed once more is not kept meanwhile.
+            live.use = None
+            self._late[use.name, tuple(use.positions)] = live
+        for node, places in nodes.items():
+            node.register_prehook(_hook(self, live, places))
+        self._live.append(weakref.ref(live))
+
+    def again(self, use: Use, tape: Tape) -> None:
+        """A use is met again while a checkpointed part is computed once more: now its activations are known."""
+        live = self._late.pop((use.name, tuple(use.positions)), None)
+        if live is None or self.failure is not None:
+            return
+        use.places, use.outputs = live.places, []
+        live.use, live.tape = use, tape
+        if live.waiting == 0:
+            with self.guarded():
+                self._process(live)
+
+    def arrive(self, live: _Live, places: Sequence[tuple[int, int]], gradients: Sequence[Tensor | None]) -> None:
+        """The gradient at some outputs of a use."""
+        if self.failure is not None:
+            return
+        with self.guarded():
+            task = torch._C._current_graph_task_id()
+            if live.task is not None and (live.task != task or live.waiting == 0):
+                raise Unavailable("a backward pass ran twice through the same graph")
+            live.task = task
+            if self._now is None or self._now.task != task or self._now.ended:
+                self._begin(task)
+            for at, number in places:
+                gradient = gradients[number]
+                if gradient is not None and gradient.requires_grad:
+                    raise Unavailable("the backward pass is differentiated itself (create_graph=True)")
+                live.arrived[at] = gradient
+            live.waiting -= 1
+            if live.waiting == 0 and live.use is not None:
+                self._process(live)
+
+    def _begin(self, task: int) -> None:
+        if self._now is not None and not self._now.ended:
+            raise Unavailable("a backward pass did not finish, or ran inside another one")
+        alive = [live for ref in self._live if (live := ref()) is not None and not live.done]
+        remaining: dict[int, int] = {}
+        for live in alive:
+            for position in (p for positions in live.planned.positions for p in positions):
+                remaining[position] = remaining.get(position, 0) + 1
+        recordings = list(dict.fromkeys(live.recording for live in alive))
+        self._now = _Backward(task, remaining, recordings, len(recordings) == 1)
+        engine: Any = torch.autograd.Variable._execution_engine
+        engine.queue_callback(self._end)
+
+    def _group(self, recording: Recording) -> Group:
+        if recording not in self._group_of:
+            assert self._now is not None
+            self._group_of[recording] = group = Group(self._now.task, recording.number, recording.examples)
+            self.collected.join(group)
+        return self._group_of[recording]
+
+    def _end(self) -> None:
+        """The backward pass is over: what is still open had no gradient anywhere else."""
+        if self._now is None or self._now.ended:
+            return
+        with self.guarded():
+            for live in [live for ref in self._live if (live := ref()) is not None]:
+                if live.task == self._now.task and not live.done:
+                    if live.use is None:
+                        raise Unavailable(f"what `{live.planned.name}` was given was not computed once more")
+                    self._process(live)
+            for position in list(self._now.forms):
+                self._conclude(position)
+            self._now.ended = True
+            self.backwards += 1
+
+    def _process(self, live: _Live) -> None:
+        use, now = live.use, self._now
+        assert use is not None and now is not None
+        recording = live.recording
+        self._group(recording)
+        coarsest = torch.float64 if self.wanted.precise and self.weights.device.type != "mps" else torch.float32
+        part = Cut(use, live.planned, live.arrived, recording.examples, self.scratch, coarsest)
+        part.check()
+        self.collected.noted(live.arrived, coarsest)
+        forms, way = self._ways.forms(part, self._rules, (recording.course, live.index), check=self._check)
+        live.done, live.use, live.arrived = True, None, []
+        for key, positions, form in zip(use.keys, live.planned.positions, forms, strict=True):
+            for position, shares in self._ways.to_parameters(part, live.tape, key, positions, form, self.weights):
+                now.forms.setdefault(position, {}).setdefault(recording, []).append(shares)
+            for position in positions:
+                self.collected.cover(position, way)
+                now.remaining[position] -= 1
+                if now.remaining[position] == 0:
+                    self._conclude(position)
+
+    def _conclude(self, position: int) -> None:
+        """Make the products of one parameter, all of whose uses have had their gradients."""
+        now = self._now
+        assert now is not None
+        found = now.forms.pop(position, None)
+        if found is None:
+            return
+        forms = {self._group(recording): shares for recording, shares in found.items()}
+        budget, wanted = self.scratch.budget, self.wanted
+        picks, spots = _picked(self.weights, position), _picked(self._sampled, position)
+        if wanted.example is not None:
+            for shares in forms.values():
+                self.collected.add_share(position, torch.stack([one(form, wanted.example) for form in shares]).sum(0))
+        if wanted.rows:
+            for group, shares in forms.items():
+                self.collected.add_rows(position, group, self._coordinates(position, shares, picks))
+        looked_at = forms
+        if wanted.gram and picks is not None:
+            looked_at = {group: [Dense(coordinates(shares, picks))] for group, shares in forms.items()}
+        if wanted.moments:
+            same = looked_at is not forms and self._sampled is self.weights
+            for group, shares in (looked_at if same else forms).items():
+                index = None if same else spots
+                if now.alone:
+                    self.collected.add_moments(position, group, moments(shares, index, budget))
+                else:  # the same examples may come in other forward passes too
+                    self.collected.add_rows(position, group, self._coordinates(position, shares, index))
+        if wanted.gram:
+            self._keep(position, looked_at)
+            if not self._several or self._kept is None:
+                self.collected.add_products(position, list(looked_at), inner_products(list(looked_at.values()), budget))
+
+    def _coordinates(self, position: int, shares: Sequence[Shares], index: Tensor | None) -> Tensor:
+        if index is None:
+            shapes = shares[0].shape
+            index = torch.arange(math.prod(shapes), device=self.weights.parameters[position].device)
+        return coordinates(shares, index)
+
+    def _keep(self, position: int, forms: dict[Group, list[Shares]]) -> None:
+        """Keep the forms, in case that another backward pass follows whose gradients are to be added."""
+        if self._kept is None:
+            return
+        size = sum(t.untyped_storage().nbytes() for shares in forms.values() for form in shares for t in form.kept)
+        self._held += size
+        if self._held > self._max_memory:
+            self._kept = None
+            self._held = 0
+            if self._several:
+                raise Unavailable(
+                    f"what several backward passes leave would take more than max_memory, {self._max_memory} bytes: "
+                    "allow for more, or look at some coordinates only (mask)"
+                )
+            return
+        self._kept.setdefault(position, {}).update(forms)
+
+    def gradient(self, position: int, gradient: Tensor, task: int | None = None) -> None:
+        """The gradient that a parameter was sent, for comparison.
+
+        Args:
+            position: The parameter's position.
+            gradient: Its gradient.
+            task: The backward pass that sent it; None for the one that runs now.
+        """
+        if self.failure is not None:
+            return
+        with self.guarded():
+            if gradient.layout != torch.strided:
+                gradient = gradient.to_dense()
+            self.collected.add_gradient(position, torch._C._current_graph_task_id() if task is None else task, gradient)
+
+    @property
+    def task(self) -> int:
+        """The last backward pass."""
+        return -1 if self._now is None else self._now.task
+
+    def enter(self, recording: Recording, x: Tensor) -> None:
+        """Wait for the gradient at the examples' inputs."""
+        number = x.output_nr
+
+        def arrived(gradients: Sequence[Tensor | None]) -> None:
+            gradient = gradients[number]
+            if self.failure is None and gradient is not None:
+                self._x.append((recording, torch._C._current_graph_task_id(), gradient))
+
+        node: Any = x.grad_fn
+        node.register_prehook(arrived)
+
+    def inputs(self) -> list[tuple[Recording, int, Tensor]]:
+        """The gradients that arrived at the examples' inputs, with the passes, forward and backward, they belong to."""
+        return self._x
+
+    def finish(self) -> Collected:
+        """Everything that was found.
+
+        Raises:
+            Unavailable: No number can be trusted.
+        """
+        with self.guarded():
+            if self._now is not None and not self._now.ended:
+                raise Unavailable("the backward pass did not finish")
+            if self.backwards > 1 and self.wanted.gram:
+                self._across()
+        if self.failure is not None:
+            raise Unavailable(self.failure)
+        return self.collected
+
+    def _across(self) -> None:
+        """The inner products of examples of different backward passes."""
+        if self._kept is None:
+            raise Unavailable(
+                f"several backward passes in one step, and what they leave takes more than max_memory, "
+                f"{self._max_memory} bytes: allow for more, or look at some coordinates only (mask)"
+            )
+        self.collected.clear_products()
+        for position, forms in self._kept.items():
+            product = inner_products(list(forms.values()), self.scratch.budget)
+            self.collected.add_products(position, list(forms), product)
+
+
+def _picked(weights: Weights, position: int) -> Tensor | None:
+    return None if weights.picks is None else weights.picks[position]
+
+
+def _hook(recorder: Recorder, live: _Live, places: list[tuple[int, int]]) -> Callable[[Any], None]:
+    def arrived(gradients: Sequence[Tensor | None]) -> None:
+        recorder.arrive(live, places, gradients)
+
+    return arrived
+
+
+def _recomputed() -> bool:
+    """Whether saved tensors are packed here, as a checkpointed part does that computes them once more."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    packing = None if top is None else top(True)
+    return packing is not None and getattr(packing[0], "__module__", "") == "torch.utils.checkpoint"

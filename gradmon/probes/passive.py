@@ -1,0 +1,87 @@
+"""The examples' gradients from the training's own passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gradmon._errors import Unavailable
+from gradmon._evidence import GradientMoments, InputGradients, PerExampleGradients
+from gradmon._parameters import Weights
+from gradmon._types import Batch
+from gradmon.masks import Mask
+from gradmon.per_example import Experience, Listener, PerExampleResult
+from gradmon.probes.per_example import gram_evidence, input_evidence, moments_evidence
+
+LISTENED: frozenset[type] = frozenset({PerExampleGradients, GradientMoments, InputGradients})
+"""The evidence that it gathers."""
+
+
+class PassiveProbe:
+    """Listens to the passes of one step at a time.
+
+    Args:
+        model: The model.
+        needed: The kinds of evidence that will be asked for.
+        mask: The coordinates of inner products; None for all.
+        moments_mask: The coordinates of which mean and variance are taken; None for all.
+        micro_batches: Into how many parts the metrics over batch means divide the batch.
+        example_dim: The dimension of the model's inputs that holds the examples; None for the first.
+        input_module: The module whose output is an example's input x; None to find it.
+        experience: Rules, bounds, and what earlier probes found out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        needed: frozenset[type],
+        mask: Mask | None,
+        moments_mask: Mask | None,
+        micro_batches: int,
+        example_dim: int | None,
+        input_module: nn.Module | str | None,
+        experience: Experience,
+    ) -> None:
+        self._model, self._micro_batches = model, micro_batches
+        self._listener = Listener(
+            model,
+            gram=PerExampleGradients in needed,
+            moments=GradientMoments in needed,
+            inputs=InputGradients in needed,
+            mask=mask,
+            moments_mask=moments_mask if moments_mask is not mask else None,
+            example_dim=example_dim,
+            input_module=input_module,
+            experience=experience,
+        )
+
+    def arm(self) -> None:
+        """Attach the hooks for the coming step."""
+        self._listener.arm()
+
+    def disarm(self) -> None:
+        """Take the hooks off."""
+        self._listener.disarm()
+
+    def gather(self, batch: Batch) -> dict[type, Callable[[], Any]]:
+        """What the step has shown: for each kind of evidence a function that returns it, or says why there is none."""
+        found: PerExampleResult | Unavailable
+        try:
+            found = self._listener.collect(batch)
+            gradients = self._listener.input_gradients
+        except Unavailable as missing:
+            found = missing
+        weights = Weights(self._model)
+
+        def result() -> PerExampleResult:
+            if isinstance(found, Unavailable):
+                raise found.with_traceback(None)
+            return found
+
+        return {
+            PerExampleGradients: lambda: gram_evidence(result(), weights, self._micro_batches),
+            GradientMoments: lambda: moments_evidence(result()),
+            InputGradients: lambda: input_evidence(gradients()) if result() else None,
+        }
