@@ -59,6 +59,8 @@ class Sandbox:
                 if torch.amp.is_autocast_available(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             stack.enter_context(full_precision())
+            stack.enter_context(unpacked())
+            stack.enter_context(_without_cache())
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             for parameter, _, _, _, hooks in self._held:
@@ -117,6 +119,28 @@ class Sandbox:
         finally:
             for parameter, data in before:
                 parameter.data = data
+
+
+def unpacked() -> contextlib.AbstractContextManager[Any]:
+    """A context in which tensors are saved as they are, also inside a checkpointed part, which counts its own."""
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+@contextlib.contextmanager
+def _without_cache() -> Generator[None]:
+    """No parametrised weight is taken from a cache that was filled at other weights, or left there."""
+    from torch.nn.utils import parametrize
+
+    state: Any = parametrize
+    enabled, state._cache_enabled = state._cache_enabled, 0
+    try:
+        yield
+    finally:
+        state._cache_enabled = enabled
 
 
 @contextlib.contextmanager

@@ -304,6 +304,7 @@ class Monitor:
         else:
             self._mask = None
         self._publisher.load_state_dict(state)
+        self._arm()
 
     def _safely(
         self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int
@@ -321,6 +322,8 @@ class Monitor:
 
     def _wants_step(self) -> bool:
         """Whether the coming step is to be kept: a scheduled one, and in passive mode the one after it."""
+        if self._passive is not None:
+            self._passive.freeze()
         return self._is_due(self._step + 1) or (self._pending is not None and self._loss is None)
 
     def _layout(self) -> Weights:

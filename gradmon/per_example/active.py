@@ -90,25 +90,24 @@ class PerExample:
         self._objective = objective
         self.entry = entry
         self._experience = experience or Experience()
-        self._key = (entry, objective.examples == 1)
+        trained = tuple(id(parameter) for parameter in objective.weights.parameters)
+        self._key = (trained, entry, objective.examples == 1)
         known = self._experience.courses.get(self._key)
         self._course = self._find() if known is None else known
         self._checked = False
 
-    def _find(self) -> Course:
+    def _find(self, *, few: bool = True) -> Course:
         objective = self._objective
-        course = find_course(self._look, objective.copied(), objective.examples)
+        course = find_course(self._look, objective.copied(), objective.examples, few=few)
         self._experience.courses[self._key] = course
         return course
 
-    def _look(self, batch: Batch) -> list[Seen]:
+    def _look(self, batch: Batch, tell: Callable[[Seen], None]) -> None:
         values = [without_zeros(value) for value in self._objective.base]
-        seen: list[Seen] = []
         with self._objective.at(values), Still():
-            capture, _ = self._forward(self._objective.copied(batch), None, lambda use: seen.append(Seen.of(use)))
+            capture, _ = self._forward(self._objective.copied(batch), None, lambda use: tell(Seen.of(use)))
         if capture.x is not None:
-            seen.append(Seen("x", [], 1, [capture.x.detach().clone()], []))
-        return seen
+            tell(Seen("x", [], 1, [capture.x.detach().clone()], []))
 
     def _forward(
         self, batch: Batch, delta: Tensor | None, note: Callable[[Use], None], recording: Recording | None = None
@@ -123,7 +122,7 @@ class PerExample:
                 x = capture.enter(inputs[entry.position], frozenset({entry.position}))
                 batch = replace_tensor(batch, entry.position, x)
             if entry is not None and entry.module is not None:
-                stack.callback(entry.module.register_forward_hook(_hook(capture)).remove)
+                stack.callback(entry.module.register_forward_hook(entering(capture)).remove)
             try:
                 with whole_modules(self._objective.model, self._experience.rules, capture), capture:
                     loss = self._objective.evaluate(batch)
@@ -155,10 +154,10 @@ class PerExample:
         """
         recorder, found = self._run(wanted, batch, values, delta)
         if recorder.stray:  # what earlier probes found out holds no longer
-            self._course = self._find()
+            self._course = self._find(few=False)
             recorder, found = self._run(wanted, batch, values, delta)
         collected = recorder.finish()
-        result = collected.result(None, gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
+        result = collected.result((), gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
         self._experience.coverage = collected.coverage()
         self._checked = True
         share = [
@@ -233,7 +232,8 @@ def without_zeros(value: Tensor) -> Tensor:
     return torch.where(value == 0, noise * (0.1 * size if size > 0 else 0.1), value)
 
 
-def _hook(capture: Capture) -> Any:
+def entering(capture: Capture) -> Any:
+    """A forward hook of the module whose output is x."""
     seen = 0
 
     def enter(module: nn.Module, args: Any, output: Any) -> Any:

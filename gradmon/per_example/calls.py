@@ -20,14 +20,22 @@ _RELOCATING = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute", "m
 """Calls that put numbers elsewhere, or leave some away, and never use one twice."""
 
 
+_DETERMINISTIC = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear", "embedding", "embedding_bag",
+                            "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+                            "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "prelu",
+                            "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"}) | _RELOCATING  # fmt: skip
+"""Calls that never draw random numbers, so that it need not be found out."""
+
+
 class Surroundings:
     """The random state and the autocast that a call was made under; a context in which it can be made again.
 
     Args:
+        name: The called function.
         like: Tensors that say which devices are involved.
     """
 
-    def __init__(self, like: Sequence[Tensor]) -> None:
+    def __init__(self, name: str, like: Sequence[Tensor]) -> None:
         self._gpus = sorted({t.device.index or 0 for t in like if t.is_cuda})
         kinds = {"cpu", *(t.device.type for t in like)}
         self._autocast = [
@@ -35,7 +43,7 @@ class Surroundings:
             for kind in kinds
             if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
         ]
-        self._before: list[Tensor] | None = self._states()
+        self._before: list[Tensor] | None = None if name in _DETERMINISTIC else self._states()
         self._exit = contextlib.ExitStack()
 
     def _states(self) -> list[Tensor]:
@@ -43,8 +51,8 @@ class Surroundings:
 
     def done(self) -> None:
         """To be called right after the call: its random state is kept only if it used it."""
-        before = self._before or []
-        if all(torch.equal(a, b) for a, b in zip(before, self._states(), strict=True)):
+        before = self._before
+        if before is not None and all(torch.equal(a, b) for a, b in zip(before, self._states(), strict=True)):
             self._before = None
 
     def __enter__(self) -> None:
@@ -107,7 +115,7 @@ class Tape:
         """Make a call on parameters alone, and remember it if its results have a gradient."""
         given = list({id(t): t for t in tensors((args, kwargs))}.values())
         versions = [t._version for t in given]
-        around = Surroundings(given)
+        around = Surroundings(name, given)
         result = func(*args, **kwargs)
         returned = results(name, args, result)
         places = [at for at, t in enumerate(returned) if t.requires_grad and not isinstance(t, nn.Parameter)]

@@ -9,10 +9,12 @@ been built anyway.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import types
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +35,25 @@ _ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__"})
 _LOOK_UPS = (functional.embedding, functional.embedding_bag)
 _COMPOSITE: tuple[Callable[..., Any], ...] = (functional.multi_head_attention_forward,)
 """Functions that are looked into, because their parameters' uses are calls of simpler ones."""
+
+
+_quiet = threading.local()
+
+
+@contextlib.contextmanager
+def quietly() -> Generator[None]:
+    """A context for passes of our own: no capture that was begun outside, in this thread, sees them."""
+    before = getattr(_quiet, "depth", 0)
+    _quiet.depth = before + 1
+    try:
+        yield
+    finally:
+        _quiet.depth = before
+
+
+def quiet_depth() -> int:
+    """How many such contexts there are around."""
+    return getattr(_quiet, "depth", 0)
 
 
 @dataclass(eq=False)
@@ -137,6 +158,7 @@ class Capture(TorchFunctionMode):
     def __post_init__(self) -> None:
         super().__init__()
         self.tape = Tape(self.parameters)
+        self._depth = quiet_depth()
         self._whole: tuple[nn.Module, Use | None] | None = None
         # Weak, so that no activation lives longer than it would otherwise.
         self._made_of_batch: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
@@ -157,7 +179,7 @@ class Capture(TorchFunctionMode):
         """Run the call, tell of it if it is a use, and note what its outputs are made of."""
         kwargs = kwargs or {}
         name = name_of(func)
-        if name.startswith(_CONSTANT) or self._whole is not None or self.off:
+        if name.startswith(_CONSTANT) or self._whole is not None or self.off or quiet_depth() > self._depth:
             return func(*args, **kwargs)
         if func in _COMPOSITE and (opened := _opened(func)) is not None:
             with self:
@@ -249,7 +271,7 @@ class Capture(TorchFunctionMode):
             places=[],
             made=[tensor for tensor in made if not isinstance(tensor, nn.Parameter)],
             origins=origins,
-            around=Surroundings(activations),
+            around=Surroundings(name, activations),
         )
 
     def _finished(self, use: Use, returned: list[Tensor]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,21 +106,40 @@ class Collected:
 
     def add_products(self, position: int, groups: Sequence[Group], product: Tensor) -> None:
         """Add the inner products of one parameter's gradients, (N, N) for the examples of some groups."""
-        sizes = [group.examples for group in groups]
         factor = self._factor(position)
-        for a, rows in zip(groups, product.split(sizes), strict=True):
-            for b, block in zip(groups, rows.split(sizes, dim=1), strict=True):
-                key = (a, b)
-                part = block * factor
-                self._products[key] = self._products[key] + part if key in self._products else part
-                if a.task == b.task:
-                    size, trace = self._sent.get((position, a.task), (0.0, 0.0))
-                    self._sent[position, a.task] = size + block.sum(), trace + (block.trace() if a is b else 0.0)
+        if len(groups) == 1:
+            blocks = [((groups[0], groups[0]), product)]
+        else:
+            sizes = [group.examples for group in groups]
+            blocks = [
+                ((a, b), block)
+                for a, rows in zip(groups, product.split(sizes), strict=True)
+                for b, block in zip(groups, rows.split(sizes, dim=1), strict=True)
+            ]
+        for (a, b), block in blocks:
+            if (a, b) in self._products:
+                self._products[a, b].add_(block, alpha=factor)
+            else:
+                self._products[a, b] = wide(block) * factor
+            if a.task == b.task:
+                size, trace = self._sent.get((position, a.task), (0.0, 0.0))
+                size = size + block.sum()
+                self._sent[position, a.task] = size, trace + (block.trace() if a is b else 0.0)
 
     def _factor(self, position: int) -> float:
         """How much a looked-at coordinate of a parameter counts in inner products."""
         picks = self._weights.picks
         return 1.0 if picks is None else self._weights.sizes[position] / max(1, picks[position].numel())
+
+    def clear(self) -> None:
+        """Forget everything: the gradients were thrown away."""
+        for table in (self._groups, self._products, self._rows, self._moments, self._ways, self._sent, self._sums,
+                      self._received, self.shares):  # fmt: skip
+            table.clear()
+
+    def received(self, task: int) -> list[int]:
+        """The positions of the parameters that a backward pass sent a gradient."""
+        return [position for position, sent_by in self._received if sent_by == task]
 
     def clear_products(self) -> None:
         """Forget the inner products, because they are going to be added anew."""
@@ -150,7 +170,7 @@ class Collected:
         flat = gradient.detach().reshape(-1)
         size = _square(flat)
         parts = [
-            size if layout.picks is None else _square(flat[layout.picks[position]])
+            size if layout.picks is None else _square(flat.index_select(0, layout.picks[position]))
             for layout in (self._weights, self._sampled)
         ]
         self._received[position, task] = size, parts[0], parts[1]
@@ -163,36 +183,42 @@ class Collected:
             Unavailable: They are not, for some parameter.
         """
         received = list(self._received.items())
-        if not received:
-            return
-        sizes = torch.stack([torch.stack(pair) for _, pair in received]).tolist()
-        everything = sum(size for size, _, _ in sizes)
+        for (position, _), _ in received:
+            if position not in self._ways:
+                name = self._weights.names[position]
+                raise Unavailable(f"no call is seen that uses `{name}`, although the loss depends on it")
+        for position, task in (*self._sent, *self._sums):
+            if (position, task) not in self._received:
+                raise Unavailable(f"`{self._weights.names[position]}` was sent no gradient")
+        flat = _read([size for _, sizes in received for size in sizes])
+        table = [flat[at : at + 3] for at in range(0, len(flat), 3)]
+        everything = sum(size for size, _, _ in table)
         if not math.isfinite(everything):
             raise Unavailable("non-finite gradient")
+        sums = {key: (size, 0.0) for key, size in zip(self._sums, _read(map(_square, self._sums.values())), strict=True)}
+        traces = zip(_read(size for size, _ in self._sent.values()), _read(t for _, t in self._sent.values()), strict=True)
+        sent = dict(zip(self._sent, traces, strict=True))
+        counts: dict[int, int] = {}
+        for group in self._groups:
+            counts[group.task] = counts.get(group.task, 0) + group.examples
         fine = max(self.epsilon, self.work_epsilon)
-        floor = (64 * fine) ** 2 * everything
         tolerance = 4 * max(16 * self.epsilon, self.work_epsilon**0.5)
-        for ((position, task), _), (_, seen, sampled) in zip(received, sizes, strict=True):
-            name = self._weights.names[position]
-            if position not in self._ways:
-                raise Unavailable(f"no call is seen that uses `{name}`, although the loss depends on it")
-            pairs: list[tuple[float, float, float]] = []
-            if (position, task) in self._sums:
-                pairs.append((float(_square(self._sums[position, task])), sampled, 0.0))
-            if (position, task) in self._sent:
-                found, trace = (float(value) for value in self._sent[position, task])
-                count = sum(group.examples for group in self._groups if group.task == task)
-                pairs.append((found, seen, 64 * fine * count * trace))
-            for found, expected, rounding in pairs:
-                if not abs(found - expected) <= tolerance * max(found, expected) + rounding + floor:
+        for (key, _), (_, seen, sampled) in zip(received, table, strict=True):
+            for found, expected in ((sums.get(key), sampled), (sent.get(key), seen)):
+                if found is None:
+                    continue
+                size, trace = found
+                rounding = 64 * fine * counts.get(key[1], 0) * trace + (64 * fine) ** 2 * everything
+                if not abs(size - expected) <= tolerance * max(size, expected) + rounding:
+                    name = self._weights.names[key[0]]
                     raise Unavailable(f"the examples' gradients of `{name}` do not add up to its batch gradient")
 
-    def result(self, count: int | None, *, gram: bool, moments: bool, rows: bool) -> PerExampleResult:
+    def result(self, counts: Collection[int], *, gram: bool, moments: bool, rows: bool) -> PerExampleResult:
         """Everything put together, at the scale of the shares: their mean is the batch gradient.
 
         Args:
-            count: The number of examples of the batch, if it is known; it tells whether several forward passes before
-                one backward pass saw the same examples.
+            counts: The number of examples of the batch, if it is known (or what it may be); it tells whether several
+                forward passes before one backward pass saw the same examples.
             gram: Whether inner products are wanted.
             moments: Whether means and variances are wanted.
             rows: Whether the coordinates are wanted.
@@ -204,7 +230,7 @@ class Collected:
         groups = sorted(self._groups, key=lambda group: group.number)
         if not groups:
             raise Unavailable("no backward pass through the model was seen")
-        owner, examples = _owners(groups, count)
+        owner, examples = _owners(groups, counts, self._reached())
         weights = self._weights
         matrix: Tensor | None = None
         if gram:
@@ -237,6 +263,13 @@ class Collected:
             epsilon=max(self.epsilon, weights.epsilon),
             resolution=self.work_epsilon,
         )
+
+    def _reached(self) -> dict[int, set[int]]:
+        """The positions of the parameters that each backward pass reached."""
+        found: dict[int, set[int]] = {}
+        for position, task in self._received:
+            found.setdefault(task, set()).add(position)
+        return found
 
     def _pair(self, position: int, groups: Sequence[Group], owner: Tensor, examples: int) -> Moments:
         """The moments of one parameter's gradients; zeros where none arrived."""
@@ -283,44 +316,64 @@ class Collected:
         return whole.new_zeros(examples, examples).index_add_(1, owner, half)
 
 
+def _read(scalars: Iterable[Any]) -> list[float]:
+    """Some scalars as numbers, read from a device all at once."""
+    found = list(scalars)
+    if all(not isinstance(value, Tensor) or value.device.type == "cpu" for value in found):
+        return [float(value) for value in found]
+    device = next(value.device for value in found if isinstance(value, Tensor) and value.device.type != "cpu")
+    return torch.stack([torch.as_tensor(value).to(device, torch.float64) for value in found]).tolist()
+
+
 def _held(weights: Weights) -> list[int]:
     """How many coordinates of each parameter are looked at."""
     return weights.sizes if weights.picks is None else [pick.numel() for pick in weights.picks]
 
 
-def _owners(groups: Sequence[Group], count: int | None) -> tuple[Tensor, int]:
+def _owners(groups: Sequence[Group], counts: Collection[int], reached: Mapping[int, set[int]]) -> tuple[Tensor, int]:
     """The example of each row of each group, and the number of examples.
 
-    Several forward passes before one backward pass saw the same examples, unless the batch has as many as all of them;
-    different backward passes saw different examples.
+    Several forward passes before one backward pass saw the same examples, unless the batch has as many as all of them.
+    Different backward passes saw different examples, unless no parameter was reached by two of them: then one pass was
+    cut into parts.
+
+    Raises:
+        Unavailable: That cannot be: they have different numbers of examples.
     """
-    by_task: dict[int, list[Group]] = {}
+    tasks = list(dict.fromkeys(group.task for group in groups))
+    positions = [position for task in tasks for position in reached.get(task, ())]
+    cut = len(tasks) > 1 and len(positions) == len(set(positions))
+    together: dict[int, list[Group]] = {}
     for group in groups:
-        by_task.setdefault(group.task, []).append(group)
+        together.setdefault(tasks[0] if cut else group.task, []).append(group)
     separate = sum(group.examples for group in groups)
-    alike = all(group.examples == together[0].examples for together in by_task.values() for group in together)
-    paired = sum(together[0].examples for together in by_task.values())
+    alike = all(group.examples == same[0].examples for same in together.values() for group in same)
+    paired = sum(same[0].examples for same in together.values())
     known = {separate, paired, *(group.examples for group in groups)}
-    if count is not None and count not in known:
+    if counts and not known & set(counts):
         seen = " + ".join(str(group.examples) for group in groups)
         raise Unavailable(
-            f"the batch has {count} examples, but the model was called on {seen}: if its inputs hold the examples along "
-            "another dimension than the first, say so by example_dim"
+            f"the batch has {next(iter(counts))} examples, but the model was called on {seen}: if its inputs hold the "
+            "examples along another dimension than the first, say so by example_dim"
         )
-    if separate == paired or count == separate:
+    if separate == paired or (separate in counts and not cut):
         return torch.arange(separate), separate
     if not alike:
         raise Unavailable("forward passes on different numbers of examples before one backward pass")
     owners, start = dict[Group, Tensor](), 0
-    for together in by_task.values():
-        for group in together:
+    for same in together.values():
+        for group in same:
             owners[group] = torch.arange(start, start + group.examples)
-        start += together[0].examples
+        start += same[0].examples
     return torch.cat([owners[group] for group in groups]), paired
 
 
 def _square(vector: Tensor) -> Tensor:
     """The squared norm, float64; without overflow on the way."""
+    if vector.device.type == "cpu" and vector.dtype == torch.float32:
+        size = torch.dot(vector, vector).double()
+        if 1e-25 < float(size) < 1e30:  # much faster, where squares stay within the range of the type
+            return size
     if vector.device.type == "mps":
         return wide(torch.linalg.vector_norm(vector.float())).square()
     return torch.linalg.vector_norm(vector, dtype=torch.float64).square()

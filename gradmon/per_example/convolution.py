@@ -16,6 +16,10 @@ from gradmon.per_example.cut import Cut
 from gradmon.per_example.forms import Outer, Scratch, Shares, taken
 
 
+_CACHED, _LARGE = 1 << 19, 1 << 26
+"""How many numbers of windows to hold at a time, where a cache counts and where it does not."""
+
+
 @dataclass(frozen=True)
 class Windows:
     """How positions of one tensor meet windows of the other.
@@ -92,8 +96,9 @@ class Convolution:
         positions, planes = left.shape[3:], left.shape[1]
         columns = self.shape[1] * math.prod(self.shape[2:])
         out = self._scratch.get((len(left), (last - first) * height, columns), left)
-        # One example after the other: its windows stay in the cache.
-        step = len(left) if left.is_cuda else 1
+        # A few examples at a time: their windows stay in the cache.
+        most = _LARGE if left.is_cuda else _CACHED
+        step = max(1, most // max(1, planes * math.prod(positions) * columns * (last - first)))
         per_group = slice(first * self.shape[1], last * self.shape[1])
         windows = replace(self._windows, groups=last - first)
         for start in range(0, len(left), step):

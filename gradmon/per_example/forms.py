@@ -7,6 +7,7 @@ matrix when it is asked for it; some know a shorter way to their Gram matrix.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -134,12 +135,13 @@ class Dense:
 
     Args:
         rows: (n, *shape).
+        products: Their inner products, if somebody else makes them too.
     """
 
     sliceable = True
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    def __init__(self, rows: Tensor, products: Callable[[], Tensor] | None = None) -> None:
+        self.rows, self._products = rows, products
         self.examples = rows.shape[0]
         self.shape = rows.shape[1:]
         self.kept = [rows]
@@ -154,8 +156,8 @@ class Dense:
         return self.rows.reshape(self.examples, -1).index_select(1, index)
 
     def gram(self) -> Tensor | None:
-        """None: there is no shorter way."""
-        return None
+        """The inner products that somebody else made; else None."""
+        return None if self._products is None else self._products()
 
     def scaled(self, factor: float) -> Dense:
         """The gradients times a factor."""
@@ -180,6 +182,14 @@ class Outer:
         self.shape = torch.Size((left.shape[2], right.shape[2])) if shape is None else shape
         self.kept = [left, right]
         self._lines: tuple[Tensor, Tensor] | None = None
+        self._squared: Tensor | None = None
+
+    def left_products(self) -> Tensor:
+        """``left left^T`` over all examples and times, (nT, nT)."""
+        if self._squared is None:
+            left = self.left.flatten(0, 1)
+            self._squared = left @ left.T
+        return self._squared
 
     def beside(self, others: Sequence[Outer]) -> Outer:
         """The sum with others of as many examples: their times follow one another."""
@@ -210,14 +220,24 @@ class Outer:
         found = self._lines[0].index_select(0, torch.div(index, columns, rounding_mode="floor"))
         return found.mul_(self._lines[1].index_select(0, index % columns)).T
 
+    def sums(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The sums over the examples of some coordinates and of their squares, (k,) each, without making the former."""
+        pattern = self._scratch.pattern(index, len(self.left[0, 0]), self.right.shape[2], self.left.dtype)
+        left, right = self.left[:, 0], self.right[:, 0]
+        first, second = (
+            torch.sparse.sampled_addmm(pattern, a.T.contiguous(), b, beta=0.0).values()
+            for a, b in ((left, right), (left.square(), right.square()))
+        )
+        return first, second
+
     def gram(self) -> Tensor | None:
         """``(left left^T) * (right right^T)`` summed over the times, where that is less work."""
         n, times, rows = self.left.shape
         columns = self.right.shape[2]
         if n * n * times * times * (rows + columns) > n * rows * columns * (times + n):
             return None
-        left, right = self.left.reshape(n * times, rows), self.right.reshape(n * times, columns)
-        product = (left @ left.T).mul_(right @ right.T)
+        right = self.right.reshape(n * times, columns)
+        product = (right @ right.T).mul_(self.left_products())
         return product if times == 1 else product.reshape(n, times, n, times).sum((1, 3))
 
     def scaled(self, factor: float) -> Outer:
@@ -396,6 +416,7 @@ class Scratch:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
+        self._patterns: dict[int, tuple[Tensor, torch.dtype, Tensor]] = {}
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def get(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -405,3 +426,20 @@ class Scratch:
         if held is None or held.numel() < count:
             held = self._held[key] = torch.empty(count, dtype=like.dtype, device=like.device)
         return held[:count].view(tuple(shape))
+
+    def pattern(self, index: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A sparse matrix, (rows, columns), with entries at some sorted flat indices."""
+        held = self._patterns.get(id(index))
+        if held is not None and held[0] is index and held[1] == dtype:
+            return held[2]
+        starts = torch.arange(rows + 1, device=index.device) * columns
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the layout is a beta version
+            made = torch.sparse_csr_tensor(
+                torch.searchsorted(index, starts),
+                index % columns,
+                torch.zeros(index.numel(), dtype=dtype, device=index.device),
+                size=(rows, columns),
+            )
+        self._patterns[id(index)] = index, dtype, made
+        return made

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gradmon.per_example.cut import Cut
-from gradmon.per_example.forms import Outer, Shares
+from gradmon.per_example.forms import Dense, Outer, Shares
 
 
 def linear(part: Cut) -> Sequence[Shares | Tensor | None] | None:
@@ -17,14 +17,20 @@ def linear(part: Cut) -> Sequence[Shares | Tensor | None] | None:
     flow = part.flow
     if part.is_parameter(x) or weight.ndim != 2 or part.flow_dim == flow.ndim - 2:
         return None
+    flow = flow.flatten(1, -2)
+    product: Outer | None = None
+    if part.is_parameter(weight):
+        if part.dim(x) != part.flow_dim:
+            return None
+        product = Outer(flow, part.rows(x).flatten(1, -2), part.scratch)
     found: list[Shares | Tensor | None] = []
     for source in part.parameters:
-        if source is bias:
-            found.append(flow.flatten(1, -2).sum(1))
-        elif part.dim(x) == part.flow_dim:
-            found.append(Outer(flow.flatten(1, -2), part.rows(x).flatten(1, -2), part.scratch))
+        if source is not bias:
+            found.append(product)
+        elif product is not None and product.light:
+            found.append(Dense(flow[:, 0], product.left_products))
         else:
-            return None
+            found.append(flow.sum(1))
     return found
 
 

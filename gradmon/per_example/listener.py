@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import Sandbox
 from gradmon._types import Batch
 from gradmon.masks import Mask
-from gradmon.per_example.active import Experience, by_example, entry_of, without_zeros
-from gradmon.per_example.capture import Capture, Entry, Use
+from gradmon.per_example.active import Experience, by_example, entering, entry_of, without_zeros
+from gradmon.per_example.capture import Capture, Entry, Use, quiet_depth, quietly
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.recorder import Recorder, Recording, Wanted
 from gradmon.per_example.rows import Course, Seen, Still, find_course
@@ -37,11 +38,36 @@ class _Call:
 
     Attributes:
         module: The module.
+        frame: The frame in which it is called.
         close: What ends the capture that was begun with it.
     """
 
     module: nn.Module
+    frame: FrameType
     close: Callable[[bool], None] | None = None
+
+    def under_way(self) -> bool:
+        """Whether it is; an interrupt ends it without a hook being told."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+
+class _Hook:
+    """A hook of which copies do nothing: those of a model that is copied, or saved, while it is listened to."""
+
+    def __init__(self, call: Callable[..., Any] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._call is None else self._call(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class Listener:
@@ -97,8 +123,8 @@ class Listener:
         self._strays: dict[Any, int] = {}
         self._handles: list[RemovableHandle] = []
         self._local = threading.local()
-        self._looking = False
         self._recorder: Recorder | None = None
+        self._laid: tuple[list[int], Weights, Weights | None] | None = None
 
     @property
     def armed(self) -> bool:
@@ -109,8 +135,7 @@ class Listener:
         """Attach the hooks, and begin anew."""
         self.disarm()
         experience = self.experience
-        weights = Weights(self._model, None if self._mask is None else self._mask.picks(self._model))
-        sampled = None if self._moments_mask is None else Weights(self._model, self._moments_mask.picks(self._model))
+        weights, sampled = self._layouts()
         check = experience.probes % _CHECKED_EVERY == 0
         if check:
             self._refused.clear()
@@ -136,8 +161,19 @@ class Listener:
         for position, parameter in enumerate(weights.parameters):
             self._handles.append(parameter.register_hook(_receiver(recorder, position)))
         for module in self._model.modules():
-            self._handles.append(module.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            self._handles.append(module.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
+
+    def _layouts(self) -> tuple[Weights, Weights | None]:
+        """The layouts of `w`; the same as long as the same parameters are trained."""
+        now = [id(parameter) for parameter in self._model.parameters() if parameter.requires_grad]
+        if self._laid is None or self._laid[0] != now:
+            layouts = [
+                None if mask is None else Weights(self._model, mask.picks(self._model))
+                for mask in (self._mask, self._moments_mask)
+            ]
+            self._laid = now, layouts[0] or Weights(self._model), layouts[1]
+        return self._laid[1], self._laid[2]
 
     def disarm(self) -> None:
         """Take all hooks off, and let everything go."""
@@ -146,10 +182,12 @@ class Listener:
         self._handles.clear()
         # An interrupt can end a forward pass without any hook being told.
         while self._calls:
-            call = self._calls.pop()
-            if call.close is not None:
-                call.close(True)
+            self._end(self._calls.pop())
         self._recorder = None
+
+    def _end(self, call: _Call) -> None:
+        if call.close is not None:
+            call.close(True)
 
     def collect(self, batch: Batch | None = None) -> PerExampleResult:
         """What the passes since `arm` have shown.
@@ -176,9 +214,10 @@ class Listener:
             )
         collected = recorder.finish()
         experience.coverage = collected.coverage()
-        count = _count(batch)
+        if [id(p) for p in self._model.parameters() if p.requires_grad] != (self._laid[0] if self._laid else None):
+            raise Unavailable("which parameters are trained has changed since the last step")
         self._settle(batch)
-        found = collected.result(count, gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
+        found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
         self._strays.clear()
         return found
 
@@ -207,6 +246,18 @@ class Listener:
             if self._strays[key] > 2:
                 self._refused[key] = "the forward pass does not repeat itself"
 
+    def _counts(self, batch: Batch | None) -> set[int]:
+        """How many examples a batch may hold; nothing if it cannot be told."""
+        try:
+            return set() if batch is None else {example_count(batch, dim) for dim in {0, self._dim}}
+        except GradmonError:
+            return set()
+
+    def freeze(self) -> None:
+        """The optimizer begins its step: what comes after it does not count, but for the first call of a closure."""
+        if self._recorder is not None:
+            self._recorder.closing, self._recorder.closed = True, self._recorder.backwards > 0
+
     def _settle(self, batch: Batch | None) -> None:
         """Make sure which dimension holds the examples, where two could."""
         given = [] if batch is None else list(tensors(batch))
@@ -228,10 +279,12 @@ class Listener:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before a call of a module: if it is the outermost, begin to look into it."""
         recorder = self._recorder
-        if torch.compiler.is_compiling() or recorder is None or recorder.busy or self._looking:
+        if torch.compiler.is_compiling() or recorder is None or quiet_depth():
             return None
         calls = self._calls
-        call = _Call(module)
+        while calls and not calls[-1].under_way():
+            self._end(calls.pop())
+        call = _Call(module, sys._getframe(2))
         calls.append(call)
         if len(calls) > 1 or recorder.failure is not None or not torch.is_grad_enabled():
             return None
@@ -248,8 +301,8 @@ class Listener:
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """After a call of a module, also one that failed."""
-        calls, recorder = self._calls, self._recorder
-        if self._looking or (recorder is not None and recorder.busy) or not calls or calls[-1].module is not module:
+        calls = self._calls
+        if quiet_depth() or not calls or calls[-1].module is not module:
             return
         call = calls.pop()
         if call.close is not None:
@@ -267,7 +320,12 @@ class Listener:
             examples = example_count(batch, self._dim)
         except GradmonError as error:
             raise Unavailable(f"the examples cannot be counted: {error}") from error
+        handles = list(self._handles)
         key, course, entry = self._known(recorder, module, batch, examples)
+        if self._recorder is not recorder:  # the model's own code ended the listening meanwhile
+            for handle in handles:
+                handle.remove()
+            return None
         self._courses.append((key, course, entry))
         first = next(t for t in tensors(batch) if t.ndim > 0)
         if not self._dim_given and first.ndim > 1 and first.shape[0] == first.shape[1] > 1:
@@ -284,7 +342,7 @@ class Listener:
             x = capture.enter(given, frozenset({entry.position}))
             replaced.append((given, x, x._version))
             batch = map_tensors(batch, lambda t: x if t is given else t)
-        close = _entered(capture, self._model, self.experience)
+        close = _entered(capture, self._model, self.experience, entry)
 
         def finish(failed: bool) -> None:
             close(failed)
@@ -305,22 +363,22 @@ class Listener:
     ) -> tuple[Any, Course, Entry | None]:
         """The course of a call, found out if it is not known yet."""
         inputs = list(tensors(batch))
-        key = (id(module), examples == 1, tuple(t.ndim for t in inputs), self._inputs)
+        trained = tuple(id(parameter) for parameter in recorder.weights.parameters)
+        key = (trained, id(module), examples == 1, tuple(t.ndim for t in inputs), self._inputs)
         if key in self._refused:
             raise Unavailable(self._refused[key])
         entries: dict[Any, Any] = self.experience.courses
         entry: Entry | None = entries.get((key, "entry"))
         if key not in entries:
-            self._looking = True
             try:
-                entry = self._find_entry(recorder.weights, module, batch) if self._inputs else None
-                entries[key] = self._look(recorder.weights, module, batch, examples, entry)
+                with quietly():
+                    entry = self._find_entry(recorder.weights, module, batch) if self._inputs else None
+                    few = key not in self._strays
+                    entries[key] = self._look(recorder.weights, module, batch, examples, entry, few=few)
                 entries[key, "entry"] = entry
             except Unavailable as missing:
                 self._refused[key] = missing.reason
                 raise
-            finally:
-                self._looking = False
         return key, entries[key], entry
 
     def _find_entry(self, weights: Weights, module: nn.Module, batch: Batch) -> Entry | None:
@@ -343,52 +401,49 @@ class Listener:
             return None
 
     def _look(
-        self, weights: Weights, module: nn.Module, batch: Batch, examples: int, entry: Entry | None
+        self, weights: Weights, module: nn.Module, batch: Batch, examples: int, entry: Entry | None, *, few: bool
     ) -> Course:
         values = [without_zeros(parameter.data) for parameter in weights.parameters]
         with Sandbox(self._model, weights.parameters) as sandbox:
 
-            def run(batch: Batch) -> list[Seen]:
-                seen: list[Seen] = []
+            def run(batch: Batch, tell: Callable[[Seen], None]) -> None:
                 args, kwargs = _copied(batch)
                 inputs = list(tensors((args, kwargs)))
-                capture = Capture(weights.parameters, inputs, lambda use: seen.append(Seen.of(use)), entry)
+                capture = Capture(weights.parameters, inputs, lambda use: tell(Seen.of(use)), entry)
                 if entry is not None and entry.position is not None:
                     given = inputs[entry.position]
                     x = capture.enter(given, frozenset({entry.position}))
                     args, kwargs = map_tensors((args, kwargs), lambda t: x if t is given else t)
                 try:
-                    with sandbox.at(values), Still(), whole_modules(self._model, self.experience.rules, capture), capture:
-                        module(*args, **kwargs)
+                    with sandbox.at(values), Still():
+                        close = _entered(capture, self._model, self.experience, entry)
+                        try:
+                            module(*args, **kwargs)
+                        finally:
+                            close(False)
                 except (GradmonError, torch.OutOfMemoryError):
                     raise
                 except Exception as error:
                     kind = type(error).__name__
                     raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
                 if capture.x is not None:
-                    seen.append(Seen("x", [], 1, [capture.x.detach().clone()], []))
-                return seen
+                    tell(Seen("x", [], 1, [capture.x.detach().clone()], []))
 
-            return find_course(run, batch, examples, self._dim)
+            return find_course(run, batch, examples, self._dim, few=few)
 
 
 def _copied(batch: Batch) -> Batch:
     return map_tensors(batch, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
 
 
-def _count(batch: Batch | None) -> int | None:
-    if batch is None:
-        return None
-    try:
-        return example_count(batch)
-    except GradmonError:
-        return None
-
-
-def _entered(capture: Capture, model: nn.Module, experience: Experience) -> Callable[[bool], None]:
+def _entered(
+    capture: Capture, model: nn.Module, experience: Experience, entry: Entry | None = None
+) -> Callable[[bool], None]:
     """Begin to look; the function that is returned ends it."""
     stack = contextlib.ExitStack()
     stack.enter_context(whole_modules(model, experience.rules, capture))
+    if entry is not None and entry.module is not None:
+        stack.callback(entry.module.register_forward_hook(entering(capture)).remove)
     capture.__enter__()
 
     def close(failed: bool) -> None:
@@ -402,7 +457,7 @@ def _entered(capture: Capture, model: nn.Module, experience: Experience) -> Call
 
 def _receiver(recorder: Recorder, position: int) -> Callable[[Tensor], None]:
     def receive(gradient: Tensor) -> None:
-        if not recorder.busy:
+        if not quiet_depth():
             recorder.gradient(position, gradient)
 
     return receive

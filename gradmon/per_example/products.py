@@ -12,10 +12,6 @@ from torch import Tensor
 from gradmon._tensors import wide
 from gradmon.per_example.forms import Outer, Relocated, Shares, chunks, whole
 
-_CACHED = 1 << 17
-"""How many numbers stay in the cache."""
-
-
 def inner_products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
     """All inner products of the gradients of several groups of examples.
 
@@ -24,20 +20,18 @@ def inner_products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
         budget: The most numbers to be made at once.
 
     Returns:
-        (N, N), float64, N the number of examples of all groups.
+        (N, N), N the number of examples of all groups; in the type of the forms, or float64.
     """
     groups = [_merged(forms) for forms in groups]
     found = _products(groups, budget)
     # Squares leave the range of a type long before the numbers do: a large or small loss scale.
     largest = float(found.diagonal().max()) if found.numel() else 0.0
-    kept = [tensor for forms in groups for form in forms for tensor in form.kept]
-    if not math.isfinite(largest) or largest < 1e-25:
-        sizes = [float(t.abs().max()) for t in kept if t.is_floating_point() and t.numel()]
-        size = max(sizes, default=0.0)
-        if size > 0 and math.isfinite(size):
-            factor = 2.0 ** -math.frexp(_largest(groups, budget))[1]
+    if not 1e-25 <= largest < math.inf:
+        size = _largest(groups, budget)
+        if 0 < size < math.inf:
+            factor = 2.0 ** -math.frexp(size)[1]
             again = _products([[form.scaled(factor) for form in forms] for forms in groups], budget)
-            return again / factor / factor
+            return wide(again) / factor / factor
     return found
 
 
@@ -66,23 +60,26 @@ def _products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
         if single is not None:
             short = single.gram()
             if short is not None:
-                return wide(short)
+                return short
             groups = [[single]]
         elif _apart(forms):
             return torch.stack([_products([[_inside(form)]], budget) for form in forms]).sum(0)
     counts = [forms[0].examples for forms in groups]
     total = sum(counts)
     flat = [form for forms in groups for form in forms]
-    found = torch.zeros(total, total, dtype=torch.float64, device=wide(flat[0].kept[0][:0]).device)
     if all(form.sliceable for form in flat):
         share = budget * counts[0] // max(1, total)
         ordered = len(flat) > 1
+        products: Tensor | None = None
         for _, rows in chunks(groups[0], share):
             parts = [_added(forms, slice(0, n), rows, ordered, len(groups) > 1)
                      for forms, n in zip(groups, counts, strict=True)]  # fmt: skip
             part = parts[0] if len(parts) == 1 else torch.cat(parts)
-            found += part @ part.T
-        return found
+            product = part @ part.T
+            products = product if products is None else wide(products).add_(product)
+        if products is not None:
+            return products
+    found = torch.zeros(total, total, dtype=torch.float64, device=wide(flat[0].kept[0][:0]).device)
     places = [(forms, examples) for forms in groups for examples, _ in chunks(forms, budget // 2)]
     starts = [0]
     for _, examples in places:
@@ -168,10 +165,9 @@ class Moments:
 def moments(forms: Sequence[Shares], index: Tensor | None, budget: int) -> Moments:
     """The moments of some coordinates, or of all, over one group of examples."""
     if index is not None:
-        light = len(forms) == 1 and isinstance(forms[0], Outer) and forms[0].light
-        step = max(64, _CACHED // max(1, forms[0].examples)) if light else max(1, index.numel())
-        parts = [Moments.of(coordinates(forms, index[s : s + step])) for s in range(0, index.numel(), step)]
-        return _joined(parts)
+        form = forms[0]
+        quick = _sampled(form, index) if len(forms) == 1 and isinstance(form, Outer) and form.light else None
+        return Moments.of(coordinates(forms, index)) if quick is None else quick
     found: list[Moments] = []
     pieces = chunks(forms, budget)
     for examples, rows in pieces:
@@ -180,6 +176,29 @@ def moments(forms: Sequence[Shares], index: Tensor | None, budget: int) -> Momen
             part = found.pop().with_(part)
         found.append(part)
     return _joined(found)
+
+
+def _sampled(form: Outer, index: Tensor) -> Moments | None:
+    """The moments from sums of squares; None where squares leave the range of the type, or a device cannot do it.
+
+    Where nearly all of a square is that of the mean, the variance is taken from the deviations themselves.
+    """
+    try:
+        sums, squares = form.sums(index)
+    except RuntimeError:
+        return None
+    largest = float(squares.max()) if squares.numel() else 1.0
+    if not 1e-25 < largest < 1e30:
+        return None
+    count = form.examples
+    means = wide(sums) / count
+    deviations = wide(squares) - means.square() * count
+    fine = torch.finfo(sums.dtype).eps ** 0.375
+    lost = (deviations <= wide(squares) * fine).nonzero().reshape(-1)
+    if lost.numel():
+        exact = Moments.of(form.take(index[lost.to(index.device)]))
+        means[lost], deviations[lost] = exact.means, exact.squares
+    return Moments(count, means, deviations)
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:

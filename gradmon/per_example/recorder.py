@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,9 +20,9 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
-from gradmon._sandbox import full_precision
+from gradmon._sandbox import full_precision, unpacked
 from gradmon.per_example.calls import Tape
-from gradmon.per_example.capture import Use
+from gradmon.per_example.capture import Use, quietly
 from gradmon.per_example.collected import Collected, Group
 from gradmon.per_example.cut import Cut
 from gradmon.per_example.forms import Dense, Scratch, Shares, one
@@ -118,6 +119,37 @@ class _Backward:
     ended: bool = False
 
 
+class _Guard:
+    """No gradients, no autocast, full precision; what is raised becomes the reason why there is no number."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        self._exit.enter_context(quietly())
+        self._exit.enter_context(torch.no_grad())
+        for kind in {"cpu", self._recorder.weights.device.type}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                self._exit.enter_context(torch.autocast(kind, enabled=False))
+        if torch.cuda.is_initialized():
+            self._exit.enter_context(full_precision())
+        if saved_tensors_hooks() is not None:
+            self._exit.enter_context(unpacked())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self._exit.close()
+        if isinstance(error, Unavailable):
+            self._recorder.fail(error.reason)
+        elif isinstance(error, torch.OutOfMemoryError):
+            self._recorder.fail("out of memory")
+        elif isinstance(error, Exception):
+            self._recorder.fail(f"{type(error).__name__}: {error}")
+        return isinstance(error, Exception)
+
+
 class Recorder:
     """Everything of one probe.
 
@@ -152,8 +184,9 @@ class Recorder:
         self._sampled = weights if sampled is None else sampled
         self.failure: str | None = None
         self.stray = False
+        self.closing = self.closed = False
+        self._left: dict[int, tuple[weakref.ref[Tensor] | None, int]] = {}
         self.backwards = 0
-        self.busy = False
         self._rules, self._ways, self._check, self._several = rules, ways, check, several
         self._max_memory, self._single = max_memory, single
         self.scratch = scratch or Scratch(min(_SCRATCH, max_memory // 4) // 4)
@@ -175,26 +208,9 @@ class Recorder:
         if self._now is not None:
             self._now.forms.clear()
 
-    @contextlib.contextmanager
-    def guarded(self) -> Generator[None]:
+    def guarded(self) -> _Guard:
         """A context for everything that runs inside the training's own passes: nothing gets out of it."""
-        self.busy = True
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.no_grad())
-                for kind in {"cpu", self.weights.device.type}:
-                    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                        stack.enter_context(torch.autocast(kind, enabled=False))
-                stack.enter_context(full_precision())
-                yield
-        except Unavailable as missing:
-            self.fail(missing.reason)
-        except torch.OutOfMemoryError:
-            self.fail("out of memory")
-        except Exception as error:
-            self.fail(f"{type(error).__name__}: {error}")
-        finally:
-            self.busy = False
+        return _Guard(self)
 
     def expect(self, recording: Recording, use: Use, planned: Planned, index: int, tape: Tape) -> None:
         """Leave hooks at the outputs of a use, which hold all that its gradient will meet."""
@@ -246,6 +262,9 @@ class Recorder:
     def _begin(self, task: int) -> None:
         if self._now is not None and not self._now.ended:
             raise Unavailable("a backward pass did not finish, or ran inside another one")
+        if self.closed:
+            raise Unavailable("a backward pass ran after the optimizer had begun its step")
+        self._compare_gradients()
         alive = [live for ref in self._live if (live := ref()) is not None and not live.done]
         remaining: dict[int, int] = {}
         for live in alive:
@@ -255,6 +274,19 @@ class Recorder:
         self._now = _Backward(task, remaining, recordings, len(recordings) == 1)
         engine: Any = torch.autograd.Variable._execution_engine
         engine.queue_callback(self._end)
+
+    def _compare_gradients(self) -> None:
+        """See whether the gradients of the backward passes so far are still there, to be added to."""
+        states = [_state(self.weights.parameters[position], state) for position, state in self._left.items()]
+        if states and all(state == "gone" for state in states):
+            self.backwards = 0
+            self._left.clear()
+            self._group_of.clear()
+            self._held = 0
+            self._kept = None if self._kept is None else {}
+            self.collected.clear()
+        elif any(state != "same" for state in states):
+            raise Unavailable("gradients were changed between two backward passes of one step")
 
     def _group(self, recording: Recording) -> Group:
         if recording not in self._group_of:
@@ -277,6 +309,10 @@ class Recorder:
                 self._conclude(position)
             self._now.ended = True
             self.backwards += 1
+            self.closed = self.closing
+            for position in self.collected.received(self._now.task):
+                gradient = self.weights.parameters[position].grad
+                self._left[position] = (None, 0) if gradient is None else (weakref.ref(gradient), gradient._version)
 
     def _process(self, live: _Live) -> None:
         use, now = live.use, self._now
@@ -417,6 +453,16 @@ class Recorder:
             self.collected.add_products(position, list(forms), product)
 
 
+def _state(parameter: Tensor, left: tuple[weakref.ref[Tensor] | None, int]) -> str:
+    """Whether a gradient is as a backward pass left it, gone (or zero), or something else."""
+    now, (before, version) = parameter.grad, left
+    if now is None:
+        return "gone"
+    if before is not None and before() is now and now._version == version:
+        return "same"
+    return "changed" if bool(now.any()) else "gone"
+
+
 def _picked(weights: Weights, position: int) -> Tensor | None:
     return None if weights.picks is None else weights.picks[position]
 
@@ -430,6 +476,11 @@ def _hook(recorder: Recorder, live: _Live, places: list[tuple[int, int]]) -> Cal
 
 def _recomputed() -> bool:
     """Whether saved tensors are packed here, as a checkpointed part does that computes them once more."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    packing = None if top is None else top(True)
+    packing = saved_tensors_hooks()
     return packing is not None and getattr(packing[0], "__module__", "") == "torch.utils.checkpoint"
+
+
+def saved_tensors_hooks() -> tuple[Any, Any] | None:
+    """What packs and unpacks saved tensors here; None if they are saved as they are."""
+    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(True)

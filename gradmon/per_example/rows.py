@@ -9,7 +9,7 @@ is found out: only the identity commutes with both orders.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,6 +150,10 @@ class Seen:
         """What must be the same when the pass is repeated on as many examples."""
         return (self.name, self.positions, [value.shape for value in self.values])
 
+    def without_values(self) -> Seen:
+        """The same without the contents of its values."""
+        return replace(self, values=[value.to("meta") for value in self.values])
+
     @staticmethod
     def of(use: Use) -> Seen:
         """A use as it is now."""
@@ -186,7 +190,14 @@ class Still(TorchDispatchMode):
         return result
 
 
-def find_course(run: Callable[[Batch], list[Seen]], batch: Batch, examples: int, dim: int = 0) -> Course:
+_FEW = 3
+"""How many examples tell the dimension and the order of the rows; a batch of two is not enough."""
+
+Run = Callable[[Batch, Callable[["Seen"], None]], None]
+"""A forward pass on a batch that tells of every use as it is made."""
+
+
+def find_course(run: Run, batch: Batch, examples: int, dim: int = 0, *, few: bool = True) -> Course:
     """The course of a forward pass.
 
     Args:
@@ -195,54 +206,101 @@ def find_course(run: Callable[[Batch], list[Seen]], batch: Batch, examples: int,
         batch: The batch.
         examples: The number of its examples, B.
         dim: The dimension of its tensors that holds the examples.
+        few: Whether to look at a few examples first, which takes less memory.
 
     Returns:
-        The uses of the batch's own pass with the ownership of their values.
+        The uses with the ownership of their values.
 
     Raises:
         Unavailable: The forward pass does not repeat itself.
     """
-    uses = run(batch)
     if examples == 1:
-        return _course(uses, [[Rows(0, 1, 1) if value.ndim else Spread() for value in use.values] for use in uses])
-    # All orders of two examples commute, so that a third, the first once more, has to help.
-    index = torch.tensor([0, 1, 0]) if examples == 2 else torch.arange(examples)
-
-    def look(order: Tensor) -> list[Seen] | None:
+        uses = _shapes(run, batch)
+        return _course(uses, [[Rows(0, 1, 1)] * len(use.values) for use in uses])
+    if few and examples > _FEW:
         try:
-            return run(select_examples(batch, order, dim))
-        except Exception:  # a model may be built for one batch size, a batch may hold what cannot be selected from
-            return None
+            course = _looked_at(run, batch, torch.arange(_FEW), dim)
+        except Unavailable:
+            course = None
+        if course is not None and not any(isinstance(o, Unknown) for use in course.uses for o in use.outputs):
+            return course
+    # All orders of two examples commute, so that a third, the first once more, has to help.
+    return _looked_at(run, batch, torch.tensor([0, 1, 0]) if examples == 2 else torch.arange(examples), dim)
 
-    looked = look(index) if examples == 2 else uses
-    other = uses if examples == 2 else look(torch.cat([index, index[:1]]))
-    if looked is None or not _alike(looked, uses):
-        raise Unavailable("the forward pass takes another course on three examples than on two")
-    moves: list[tuple[Tensor, list[Seen]]] = []
-    for order in _orders(len(index)):
-        moved = look(index[order])
-        if moved is None or [use.signature for use in looked] != [use.signature for use in moved]:
-            raise Unavailable("the forward pass takes another course when the examples come in another order")
-        moves.append((order, moved))
-    if any(use.made for use in looked):
-        _check_made(looked, look(torch.cat([index[1:2], index[1:]])))
-    shapes = other if other is not None and _alike(looked, other) else None
-    found: list[list[Ownership]] = []
-    for position, use in enumerate(looked):
-        owners: list[Ownership] = []
-        for place, value in enumerate(use.values):
-            seen = _Value(
+
+def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int) -> Course:
+    """The course on some examples.
+
+    Raises:
+        Unavailable: The forward pass does not repeat itself.
+    """
+
+    def select(order: Tensor) -> Batch:
+        try:
+            return select_examples(batch, order, dim)
+        except Exception as error:
+            raise Unavailable(f"the examples cannot be put in another order: {error}") from error
+
+    other: list[Seen] | None
+    try:
+        other = _shapes(run, select(torch.cat([index, index[:1]])))
+    except Exception:  # a model may be built for one batch size
+        other = None
+    looked: list[Seen] = []
+    run(select(index), looked.append)
+    if other is not None and not _alike(looked, other):
+        other = None
+    values = [
+        [
+            _Value(
                 name=use.name,
                 output=place < use.outputs,
                 additive=use.additive,
                 value=value,
-                moves=[(order, moved[position].values[place]) for order, moved in moves],
-                other=None if shapes is None else shapes[position].values[place].shape,
+                other=None if other is None else other[position].values[place].shape,
                 examples=len(index),
             )
-            owners.append(seen.owner())
-        found.append(owners)
-    return _course(uses, found)
+            for place, value in enumerate(use.values)
+        ]
+        for position, use in enumerate(looked)
+    ]
+    for order in _orders(len(index)):
+        _compare(run, select(index[order]), looked, lambda p, v, moved, o=order: values[p][v].compare(o, moved))
+    if any(use.made for use in looked):
+        others: list[Seen] = []
+        run(select(torch.cat([index[1:2], index[1:]])), lambda seen: others.append(seen.without_values()))
+        _check_made(looked, others)
+    return _course(looked, [[value.owner() for value in use] for use in values])
+
+
+def _shapes(run: Run, batch: Batch) -> list[Seen]:
+    """The uses of a pass without the contents of their values."""
+    found: list[Seen] = []
+    run(batch, lambda seen: found.append(seen.without_values()))
+    return found
+
+
+def _compare(
+    run: Run, batch: Batch, looked: list[Seen], tell: Callable[[int, int, Tensor], None]
+) -> None:
+    """Tell of each value of another pass, one after the other, so that never all of them are held.
+
+    Raises:
+        Unavailable: The pass takes another course.
+    """
+    count = 0
+
+    def note(seen: Seen) -> None:
+        nonlocal count
+        if count >= len(looked) or seen.signature != looked[count].signature:
+            raise Unavailable("the forward pass takes another course when the examples come in another order")
+        for place, value in enumerate(seen.values):
+            tell(count, place, value)
+        count += 1
+
+    run(batch, note)
+    if count != len(looked):
+        raise Unavailable("the forward pass takes another course when the examples come in another order")
 
 
 def _course(uses: list[Seen], owners: list[list[Ownership]]) -> Course:
@@ -263,13 +321,13 @@ def _alike(uses: list[Seen], others: list[Seen]) -> bool:
     )
 
 
-def _check_made(uses: list[Seen], others: list[Seen] | None) -> None:
+def _check_made(uses: list[Seen], others: list[Seen]) -> None:
     """What is made of parameters alone must not change with the examples.
 
     Raises:
         Unavailable: It does: the batch came in by a way that was not seen.
     """
-    if others is None or [use.signature for use in uses] != [use.signature for use in others]:
+    if [use.signature for use in uses] != [use.signature for use in others]:
         raise Unavailable("the forward pass takes another course on other examples")
     for use, other in zip(uses, others, strict=True):
         for before, after in zip(use.made, other.made, strict=True):
@@ -285,7 +343,7 @@ def _orders(n: int) -> list[Tensor]:
     return [cycle, torch.tensor([1, 0, *range(2, n)])]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Value:
     """One output or activation of a use in all passes.
 
@@ -294,7 +352,6 @@ class _Value:
         output: Whether it is an output.
         additive: Whether the call only adds.
         value: As it was.
-        moves: As it was with the examples in other orders, with these orders.
         other: Its shape with another number of examples; None where the model refuses that.
         examples: The number of examples.
     """
@@ -303,35 +360,47 @@ class _Value:
     output: bool
     additive: bool
     value: Tensor
-    moves: list[tuple[Tensor, Tensor]]
     other: torch.Size | None
     examples: int
+    _gaps: dict[tuple[tuple[int, ...], int], float] = field(default_factory=dict[Any, float])
+    _moved: list[float] = field(default_factory=list[float])
 
-    def owner(self) -> Ownership:
-        """The ownership of the value."""
+    def compare(self, order: Tensor, moved: Tensor) -> None:
+        """Take in the value as it is with the examples in another order."""
+        candidates = self._candidates()
+        for dims, inner in [] if isinstance(candidates, Unknown) else candidates:
+            expected = self.value
+            for dim in dims:
+                expected = expected.index_select(dim, _source(self.value.shape[dim], inner, order, self.value))
+            gap = _distance(moved, expected, self.value)
+            self._gaps[dims, inner] = max(self._gaps.get((dims, inner), 0.0), gap)
+        self._moved.append(_distance(moved, self.value, self.value))
+
+    def _candidates(self) -> list[tuple[tuple[int, ...], int]] | Unknown:
+        """The dimensions that may hold the examples, and how many neighbouring rows may belong to one."""
         dims = self._dims()
         if isinstance(dims, Unknown):
             return dims
-        if not dims:
+        if self.other is not None and len(dims) > 1:
+            if any(self.value.shape[dim] != self.examples for dim in dims):
+                return Unknown(f"the output of `{self.name}` has the examples along several dimensions")
+            return [(tuple(dims), 1)]
+        return [((dim,), inner) for dim in dims for inner in _divisors(self.value.shape[dim] // self.examples)]
+
+    def owner(self) -> Ownership:
+        """The ownership of the value."""
+        candidates = self._candidates()
+        if isinstance(candidates, Unknown):
+            return candidates
+        if not candidates:
             return self._apart()
-        several = self.other is not None and len(dims) > 1
-        if several and any(self.value.shape[dim] != self.examples for dim in dims):
-            return Unknown(f"the output of `{self.name}` has the examples along several dimensions")
-        if several:
-            candidates = [(self._worst(dims, 1), dims[0], 1)]
-        else:
-            candidates = [
-                (self._worst([dim], inner), dim, inner)
-                for dim in dims
-                for inner in _divisors(self.value.shape[dim] // self.examples)
-            ]
-        candidates.sort()
-        best, dim, inner = candidates[0]
+        ranked = sorted((self._gaps[key], key) for key in candidates)
+        best, (dims, inner) = ranked[0]
         if not best <= self._epsilon**0.375:
             return Unknown(f"the rows of the output of `{self.name}` do not follow the order of the examples")
-        if len(candidates) > 1 and candidates[1][0] <= 4 * (best + self._epsilon):
+        if len(ranked) > 1 and ranked[1][0] <= 4 * (best + self._epsilon):
             return Unknown(f"the rows of the output of `{self.name}` look alike, so that their examples cannot be told")
-        return Rows(dim, inner, self.value.shape[dim] // (self.examples * inner))
+        return Rows(dims[0], inner, self.value.shape[dims[0]] // (self.examples * inner))
 
     @property
     def _epsilon(self) -> float:
@@ -355,20 +424,10 @@ class _Value:
         """The ownership of what has no rows: an activation is shared by all, an output only if it is a sum over all."""
         if not self.output:
             return Spread()
-        still = all(_distance(moved, self.value, self.value) <= self._epsilon**0.375 for _, moved in self.moves)
+        still = all(gap <= self._epsilon**0.375 for gap in self._moved)
         if self.additive and self.value.numel() == 1 and still:
             return Spread()
         return Unknown(f"`{self.name}` uses a parameter where the examples are no longer apart")
-
-    def _worst(self, dims: list[int], inner: int) -> float:
-        """How far the rows are from following the examples, in the worst of the orders."""
-        worst = 0.0
-        for order, moved in self.moves:
-            expected = self.value
-            for dim in dims:
-                expected = expected.index_select(dim, _source(self.value.shape[dim], inner, order, self.value))
-            worst = max(worst, _distance(moved, expected, self.value))
-        return worst
 
 
 def _divisors(n: int) -> Sequence[int]:

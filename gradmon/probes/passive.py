@@ -65,6 +65,10 @@ class PassiveProbe:
         """Take the hooks off."""
         self._listener.disarm()
 
+    def freeze(self) -> None:
+        """The optimizer begins its step."""
+        self._listener.freeze()
+
     def gather(self, batch: Batch) -> dict[type, Callable[[], Any]]:
         """What the step has shown: for each kind of evidence a function that returns it, or says why there is none."""
         found: PerExampleResult | Unavailable
