@@ -81,7 +81,7 @@ def gradmon_mask(model: nn.Module, batch: Batch) -> Work:
 
 
 def listening(model: nn.Module, batch: Batch, **options: object) -> Callable[[], Any]:
-    """A training step with a listener in it; what the listener found."""
+    """A training step that is listened to, as every step is where all are scheduled; what was found."""
     from gradmon.per_example import Listener
 
     optimizer = optimizer_of(model)
@@ -90,11 +90,8 @@ def listening(model: nn.Module, batch: Batch, **options: object) -> Callable[[],
     def work() -> object:
         optimizer.zero_grad()
         listener.arm()
-        try:
-            loss(model, batch).backward()
-            found = listener.collect(batch)
-        finally:
-            listener.disarm()
+        loss(model, batch).backward()
+        found = listener.collect(batch)
         optimizer.step()
         return found
 

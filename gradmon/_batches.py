@@ -14,10 +14,16 @@ from gradmon._errors import ArgumentError
 from gradmon._types import Batch
 
 
+_LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
+"""Types that hold no tensor, told at once: these functions run at every call of a model that is looked into."""
+
+
 def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a nesting with every tensor replaced by ``change(tensor)``, in the order of nesting."""
     if isinstance(tree, Tensor):
         return change(tree)
+    if type(tree) in _LEAVES:
+        return tree
     if isinstance(tree, Mapping):
         items = {key: map_tensors(value, change) for key, value in cast("Mapping[Any, Any]", tree).items()}
         if type(cast(object, tree)) is dict or not hasattr(cast(object, tree), "__setitem__"):
@@ -44,6 +50,8 @@ def tensors(tree: Any) -> Iterator[Tensor]:
     """The tensors of a nesting, in the order of nesting."""
     if isinstance(tree, Tensor):
         yield tree
+    elif type(tree) in _LEAVES:
+        return
     elif isinstance(tree, Mapping):
         for value in cast("Mapping[Any, Any]", tree).values():
             yield from tensors(value)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from gradmon._evidence import (
     BatchGradient,
     Curvature,
+    GradientMoments,
     InputGradients,
     InputSweep,
-    GradientMoments,
     PerExampleGradients,
     ScaledSweep,
     Step,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmon._batches import batch_tensors, replace_tensor
+from gradmon._batches import batch_tensors, example_count, replace_tensor
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._objective import Objective
 from gradmon._tensors import length
@@ -40,6 +40,10 @@ class Experience:
         courses: The courses of forward passes, by what they were found for.
         coverage: By which way each parameter was covered last.
         probes: How many probes there have been.
+        several: Whether the last one saw several backward passes.
+        rows: How many numbers arrived at the outputs of uses in the last one.
+        doubt: Whether the last one did not add up, so that the next has to be looked at closely.
+        scratch: Memory for intermediate results.
     """
 
     rules: Rules = field(default_factory=lambda: RULES)
@@ -49,6 +53,8 @@ class Experience:
     coverage: dict[str, str] = field(default_factory=dict[str, str])
     probes: int = 0
     several: bool = False
+    rows: int = 0
+    doubt: bool = False
     scratch: Scratch | None = None
 
 
@@ -114,7 +120,9 @@ class PerExample:
     ) -> tuple[Capture, Tensor]:
         entry = self.entry
         inputs = batch_tensors(batch)
-        capture = Capture(self._objective.weights.parameters, inputs, note, entry, delta)
+        capture = Capture(
+            self._objective.weights.parameters, inputs, note, example_count(batch), entry=entry, delta=delta
+        )
         if recording is not None:
             recording.tape = capture.tape
         with contextlib.ExitStack() as stack:

@@ -186,6 +186,8 @@ def in_place(name: str) -> bool:
 
 def results(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
     """The tensors that a call made or changed."""
+    if isinstance(result, Tensor):
+        return [result]
     return [args[0]] if name == "__setitem__" else list(tensors(result))
 
 

@@ -9,12 +9,11 @@ been built anyway.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,23 +36,27 @@ _COMPOSITE: tuple[Callable[..., Any], ...] = (functional.multi_head_attention_fo
 """Functions that are looked into, because their parameters' uses are calls of simpler ones."""
 
 
-_quiet = threading.local()
+class _Quiet(threading.local):
+    depth = 0
 
 
-@contextlib.contextmanager
-def quietly() -> Generator[None]:
+QUIET = _Quiet()
+"""Whether a pass of our own runs in this thread."""
+
+
+class quietly:  # noqa: N801 - used as a function
     """A context for passes of our own: no capture that was begun outside, in this thread, sees them."""
-    before = getattr(_quiet, "depth", 0)
-    _quiet.depth = before + 1
-    try:
-        yield
-    finally:
-        _quiet.depth = before
+
+    def __enter__(self) -> None:
+        QUIET.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        QUIET.depth -= 1
 
 
 def quiet_depth() -> int:
     """How many such contexts there are around."""
-    return getattr(_quiet, "depth", 0)
+    return QUIET.depth
 
 
 @dataclass(eq=False)
@@ -139,6 +142,7 @@ class Capture(TorchFunctionMode):
         parameters: The trainable parameters.
         inputs: The tensors of the batch, in its order.
         note: Told of every use, right after its call.
+        examples: The number of examples of the batch.
         entry: Where x enters, if that is wanted.
         delta: What is added to x, of its shape; None for nothing.
         first: Whether to tell of a use before its call is made, because it may never return.
@@ -147,6 +151,7 @@ class Capture(TorchFunctionMode):
     parameters: Sequence[Tensor]
     inputs: Sequence[Tensor]
     note: Callable[[Use], None]
+    examples: int = 0
     entry: Entry | None = None
     delta: Tensor | None = None
     first: bool = False
@@ -184,8 +189,11 @@ class Capture(TorchFunctionMode):
         if func in _COMPOSITE and (opened := _opened(func)) is not None:
             with self:
                 return opened(*args, **kwargs)
-        relevant = args[:1] if name in _METADATA_ONLY else (args, kwargs)
-        return self.call(func, args, kwargs, list({id(t): t for t in tensors(relevant)}.values()))
+        relevant = args[:1] if name in _METADATA_ONLY else args
+        given = {id(t): t for argument in relevant for t in _in(argument)}
+        if kwargs and name not in _METADATA_ONLY:
+            given |= {id(t): t for t in tensors(kwargs)}
+        return self.call(func, args, kwargs, list(given.values()))
 
     def call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]
@@ -199,11 +207,21 @@ class Capture(TorchFunctionMode):
             given: The tensors that it depends on.
         """
         name = name_of(func)
-        made = [t for t in given if t.requires_grad and self.tape.knows(t)]
-        seen = [self._origins(t) for t in given]
-        passive = {id(t) for t in made}
-        active = any(o is not None for o in seen) or any(t.requires_grad and id(t) not in passive for t in given)
-        origins = frozenset[int]().union(*(o for o in seen if o is not None))
+        made, others, origins = list[Tensor](), False, frozenset[int]()
+        active = False
+        for tensor in given:
+            held = self._origins(tensor)
+            if held is not None:
+                active, origins = True, origins | held
+            if tensor.requires_grad:
+                if self.tape.knows(tensor):
+                    made.append(tensor)
+                else:
+                    others = True
+        active = active or others
+        if func in _LOOK_UPS and made and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
+            # Positions that are laid out for every example are not of the batch, but have its rows.
+            active = active or args[0].shape[0] == self.examples
         if made and active:
             result = self._use(func, name, args, kwargs, made, origins)
         elif made:
@@ -318,6 +336,10 @@ class Capture(TorchFunctionMode):
         if self.entered is not None:
             self.entered(x)
         return x
+
+
+def _in(argument: Any) -> Iterable[Tensor]:
+    return (argument,) if isinstance(argument, Tensor) else tensors(argument)
 
 
 @functools.cache

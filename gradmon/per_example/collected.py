@@ -56,20 +56,26 @@ class PerExampleResult:
     resolution: float
 
 
+_NOTHING = (torch.zeros(()), torch.zeros(()), torch.zeros(()))
+"""In the place of sizes that are not compared."""
+
+
 class Collected:
     """What has been found so far, by parameter and group of examples, at the scale of the gradients that arrived.
 
     Args:
         weights: The layout of `w`, and the coordinates that are looked at.
         sampled: The same for moments.
+        sums: Whether the sum of the examples' gradients is compared with the gradient of each parameter.
     """
 
-    def __init__(self, weights: Weights, sampled: Weights) -> None:
-        self._weights, self._sampled = weights, sampled
+    def __init__(self, weights: Weights, sampled: Weights, *, sums: bool = True) -> None:
+        self._weights, self._sampled, self._compared = weights, sampled, sums
         self._groups: dict[Group, None] = {}
         self._products: dict[tuple[Group, Group], Tensor] = {}
         self._rows: dict[int, dict[Group, Tensor]] = {}
         self._moments: dict[int, Moments] = {}
+        self._made: dict[int, set[int]] = {}
         self.shares: dict[int, Tensor] = {}
         self._ways: dict[int, dict[str, None]] = {}
         self._sent: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -95,9 +101,10 @@ class Collected:
         if not self._groups:
             self.join(group)
 
-    def cover(self, position: int, way: str) -> None:
-        """Note by which way the gradients of a parameter were had."""
+    def cover(self, position: int, way: str, task: int) -> None:
+        """Note by which way the gradients of a parameter were had, in which backward pass."""
         self._ways.setdefault(position, {})[way] = None
+        self._made.setdefault(position, set()).add(task)
 
     def coverage(self) -> dict[str, str]:
         """By which way each parameter is covered: ``"linear"``, ``"replay"``, ``"repeat"``, ..., or ``"unused"``."""
@@ -107,24 +114,18 @@ class Collected:
     def add_products(self, position: int, groups: Sequence[Group], product: Tensor) -> None:
         """Add the inner products of one parameter's gradients, (N, N) for the examples of some groups."""
         factor = self._factor(position)
-        if len(groups) == 1:
-            blocks = [((groups[0], groups[0]), product)]
-        else:
-            sizes = [group.examples for group in groups]
-            blocks = [
-                ((a, b), block)
-                for a, rows in zip(groups, product.split(sizes), strict=True)
-                for b, block in zip(groups, rows.split(sizes, dim=1), strict=True)
-            ]
-        for (a, b), block in blocks:
-            if (a, b) in self._products:
-                self._products[a, b].add_(block, alpha=factor)
-            else:
-                self._products[a, b] = wide(block) * factor
-            if a.task == b.task:
-                size, trace = self._sent.get((position, a.task), (0.0, 0.0))
-                size = size + block.sum()
-                self._sent[position, a.task] = size, trace + (block.trace() if a is b else 0.0)
+        sizes = [group.examples for group in groups]
+        rows = [product] if len(groups) == 1 else product.split(sizes)
+        for a, own in zip(groups, rows, strict=True):
+            for b, block in zip(groups, [own] if len(groups) == 1 else own.split(sizes, dim=1), strict=True):
+                before = self._products.get((a, b))
+                if before is None:
+                    self._products[a, b] = wide(block) * factor
+                else:
+                    before.add_(block, alpha=factor)
+                if a.task == b.task and self._compared:
+                    size, trace = self._sent.get((position, a.task), (0.0, 0.0))
+                    self._sent[position, a.task] = size + block.sum(), trace + (block.trace() if a is b else 0.0)
 
     def _factor(self, position: int) -> float:
         """How much a looked-at coordinate of a parameter counts in inner products."""
@@ -134,7 +135,7 @@ class Collected:
     def clear(self) -> None:
         """Forget everything: the gradients were thrown away."""
         for table in (self._groups, self._products, self._rows, self._moments, self._ways, self._sent, self._sums,
-                      self._received, self.shares):  # fmt: skip
+                      self._received, self._made, self.shares):  # fmt: skip
             table.clear()
 
     def received(self, task: int) -> list[int]:
@@ -149,7 +150,7 @@ class Collected:
     def add_rows(self, position: int, group: Group, rows: Tensor) -> None:
         """Add the looked-at coordinates of one parameter's gradients, (n, k)."""
         self._rows.setdefault(position, {})[group] = rows
-        self._sum(position, group.task, wide(rows.sum(0)))
+        self._sum(position, group.task, rows.sum(0))
 
     def add_moments(self, position: int, group: Group, found: Moments) -> None:
         """Add the moments of one parameter's gradients."""
@@ -161,20 +162,29 @@ class Collected:
         """Add one parameter's whole gradient of the example that is looked at."""
         self.shares[position] = share
 
+    def _reached_by_rows(self) -> Iterable[tuple[int, int]]:
+        """The parameters, and the backward passes, from which examples' gradients were made."""
+        return ((position, task) for position, tasks in self._made.items() for task in tasks)
+
     def _sum(self, position: int, task: int, total: Tensor) -> None:
+        if not self._compared:
+            return
         before = self._sums.get((position, task))
         self._sums[position, task] = total if before is None else before + total
 
     def add_gradient(self, position: int, task: int, gradient: Tensor) -> None:
         """Note what a parameter was sent as a whole by one backward pass."""
-        flat = gradient.detach().reshape(-1)
+        self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
+        if not self._compared:
+            self._received[position, task] = _NOTHING
+            return
+        flat = gradient.reshape(-1)
         size = _square(flat)
         parts = [
             size if layout.picks is None else _square(flat.index_select(0, layout.picks[position]))
             for layout in (self._weights, self._sampled)
         ]
         self._received[position, task] = size, parts[0], parts[1]
-        self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
 
     def check(self) -> None:
         """Make sure that no gradient took a way that was not seen: all shares together are what was sent.
@@ -187,16 +197,22 @@ class Collected:
             if position not in self._ways:
                 name = self._weights.names[position]
                 raise Unavailable(f"no call is seen that uses `{name}`, although the loss depends on it")
-        for position, task in (*self._sent, *self._sums):
+        for position, task in {*self._reached_by_rows()}:
             if (position, task) not in self._received:
                 raise Unavailable(f"`{self._weights.names[position]}` was sent no gradient")
+        if not self._compared:
+            return
         flat = _read([size for _, sizes in received for size in sizes])
         table = [flat[at : at + 3] for at in range(0, len(flat), 3)]
         everything = sum(size for size, _, _ in table)
         if not math.isfinite(everything):
             raise Unavailable("non-finite gradient")
-        sums = {key: (size, 0.0) for key, size in zip(self._sums, _read(map(_square, self._sums.values())), strict=True)}
-        traces = zip(_read(size for size, _ in self._sent.values()), _read(t for _, t in self._sent.values()), strict=True)
+        sums = {
+            key: (size, 0.0) for key, size in zip(self._sums, _read(map(_square, self._sums.values())), strict=True)
+        }
+        traces = zip(
+            _read(size for size, _ in self._sent.values()), _read(t for _, t in self._sent.values()), strict=True
+        )
         sent = dict(zip(self._sent, traces, strict=True))
         counts: dict[int, int] = {}
         for group in self._groups:
@@ -240,8 +256,8 @@ class Collected:
         squares: Tensor | None = None
         if moments:
             pairs = [self._pair(position, groups, owner, examples) for position in range(len(weights.sizes))]
-            means = torch.cat([pair.means for pair in pairs]) * examples
-            squares = torch.cat([pair.squares for pair in pairs])
+            means = wide(torch.cat([pair.means for pair in pairs])).mul_(examples)
+            squares = wide(torch.cat([pair.squares for pair in pairs]))
         kept: Tensor | None = None
         if rows:
             held = _held(weights)
@@ -250,7 +266,7 @@ class Collected:
                 else torch.zeros(examples, k) for position, k in enumerate(held)
             ]  # fmt: skip
             kept = torch.cat([part.to(weights.device, weights.dtype) for part in parts], dim=1) * examples
-        if any(t is not None and not bool(torch.isfinite(t).all()) for t in (matrix, means, squares, kept)):
+        if any(t is not None and not math.isfinite(float(t.sum())) for t in (matrix, means, squares, kept)):
             raise Unavailable("non-finite gradient")
         return PerExampleResult(
             examples=examples,
@@ -258,7 +274,9 @@ class Collected:
             rows=kept,
             means=means,
             # 0 / 0 for a batch of one
-            variances=None if squares is None else squares * (examples**2) / (examples - 1 if examples > 1 else math.nan),
+            variances=None
+            if squares is None
+            else squares * (examples**2) / (examples - 1 if examples > 1 else math.nan),
             seen=None if means is None or squares is None else (squares > 0) | (means != 0),
             epsilon=max(self.epsilon, weights.epsilon),
             resolution=self.work_epsilon,
@@ -277,7 +295,9 @@ class Collected:
         rows = self._joined(position, groups, owner, examples, k)
         found = self._moments.get(position) if rows is None else Moments.of(rows)
         if found is None:
-            zeros = torch.zeros(k, dtype=torch.float64, device=wide(self._weights.parameters[position].detach().reshape(-1)[:0]).device)
+            zeros = torch.zeros(
+                k, dtype=torch.float64, device=wide(self._weights.parameters[position].detach().reshape(-1)[:0]).device
+            )
             return Moments(examples, zeros, zeros)
         # Examples of whose passes nothing arrived have zeros.
         missing = examples - found.count

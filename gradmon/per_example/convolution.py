@@ -13,8 +13,7 @@ from torch.nn import functional
 
 from gradmon._errors import Unavailable
 from gradmon.per_example.cut import Cut
-from gradmon.per_example.forms import Outer, Scratch, Shares, taken
-
+from gradmon.per_example.forms import Outer, Scratch, Shares, sampled, sparse, taken
 
 _CACHED, _LARGE = 1 << 19, 1 << 26
 """How many numbers of windows to hold at a time, where a cache counts and where it does not."""
@@ -114,7 +113,22 @@ class Convolution:
 
     def take(self, index: Tensor) -> Tensor:
         """Some coordinates, (n, k)."""
-        return taken(self, index, self._scratch.budget)
+        # The columns are left in the order of the windows: it is cheaper to look elsewhere than to reorder them.
+        places = self._scratch.places(index, lambda: self._places(index))
+        if self._windows.groups > 1 or not sparse(self, index):
+            return taken(self, index, self._scratch.budget, places)
+        pattern = self._scratch.pattern(places, self.shape[0], math.prod(self.shape[1:]), self._left.dtype)
+        return torch.stack(
+            [
+                sampled(pattern, left.transpose(0, 1).flatten(1), self._windows.of(right, left.shape[2:]).flatten(0, 2))
+                for left, right in zip(self._left, self._right, strict=True)
+            ]
+        )
+
+    def _places(self, index: Tensor) -> Tensor:
+        cells, channels = math.prod(self.shape[2:]), self.shape[1]
+        columns = index % (cells * channels)
+        return index - columns + columns % cells * channels + torch.div(columns, cells, rounding_mode="floor")
 
     def gram(self) -> Tensor | None:
         """None: there is no shorter way."""

@@ -36,7 +36,9 @@ def replay(part: Cut) -> Sequence[Shares | Tensor | None] | None:
         part.whole(tensor)  # refuses one that was overwritten
         if not isinstance(owner, (Rows, Spread)):
             return None
-        activations.append(owner.split(tensor, part.examples).contiguous() if isinstance(owner, Rows) else tensor.clone())
+        activations.append(
+            owner.split(tensor, part.examples).contiguous() if isinstance(owner, Rows) else tensor.clone()
+        )
         along.append(0 if isinstance(owner, Rows) else None)
 
     def one(activations: list[Tensor], flowing: list[Tensor]) -> tuple[Tensor, ...]:
@@ -145,7 +147,9 @@ class Repeated:
         return _forms(self._part, made, [*kept, *self._part.use.activations])
 
 
-def chained(pull: Callable[[Tensor], list[Tensor]], inner: Shares, part: Cut, shapes: Sequence[torch.Size]) -> list[Shares]:
+def chained(
+    pull: Callable[[Tensor], list[Tensor]], inner: Shares, part: Cut, shapes: Sequence[torch.Size]
+) -> list[Shares]:
     """The gradients of parameters from those of something made of them.
 
     Args:

@@ -114,8 +114,15 @@ def total(shares: Shares, budget: int) -> Tensor:
     return found.reshape(shares.shape)
 
 
-def taken(shares: Shares, index: Tensor, budget: int) -> Tensor:
-    """Some coordinates of all examples, (n, k), by making the gradients in parts."""
+def taken(shares: Shares, index: Tensor, budget: int, places: Tensor | None = None) -> Tensor:
+    """Some coordinates of all examples, (n, k), by making the gradients in parts.
+
+    Args:
+        shares: The gradients.
+        index: The coordinates, flat, sorted.
+        budget: The most numbers to be made at once.
+        places: Where these lie in unordered blocks; None where blocks have no order of their own.
+    """
     width = math.prod(shares.shape) // max(1, height(shares.shape))
     found: Tensor | None = None
     for examples, rows in chunks([shares], budget):
@@ -123,11 +130,22 @@ def taken(shares: Shares, index: Tensor, budget: int) -> Tensor:
         first, last = (int(at) for at in torch.searchsorted(index, bounds))
         if first == last:
             continue
-        part = shares.block(examples, rows)
+        part = shares.block(examples, rows, ordered=places is None)
         if found is None:
             found = part.new_zeros(shares.examples, index.numel())
-        found[examples, first:last] = part.index_select(1, index[first:last] - rows.start * width)
+        looked_at = (index if places is None else places)[first:last] - rows.start * width
+        found[examples, first:last] = part.index_select(1, looked_at)
     return torch.zeros(shares.examples, index.numel(), device=index.device) if found is None else found
+
+
+def sparse(shares: Shares, index: Tensor) -> bool:
+    """Whether so few coordinates are wanted that each is cheaper on its own; on a GPU whole products are."""
+    return index.device.type == "cpu" and 4 * index.numel() < math.prod(shares.shape)
+
+
+def sampled(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Some entries of ``left @ right``, (k,)."""
+    return torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
 
 
 class Dense:
@@ -212,6 +230,11 @@ class Outer:
 
     def take(self, index: Tensor) -> Tensor:
         """Some coordinates, (n, k)."""
+        if not self.light and sparse(self, index):
+            pattern = self._scratch.pattern(index, self.left.shape[2], self.right.shape[2], self.left.dtype)
+            return torch.stack(
+                [sampled(pattern, left.T, right) for left, right in zip(self.left, self.right, strict=True)]
+            )
         if not self.light:
             return taken(self, index, self._scratch.budget)
         if self._lines is None:  # examples along the memory, so that whole lines are copied
@@ -224,11 +247,7 @@ class Outer:
         """The sums over the examples of some coordinates and of their squares, (k,) each, without making the former."""
         pattern = self._scratch.pattern(index, len(self.left[0, 0]), self.right.shape[2], self.left.dtype)
         left, right = self.left[:, 0], self.right[:, 0]
-        first, second = (
-            torch.sparse.sampled_addmm(pattern, a.T.contiguous(), b, beta=0.0).values()
-            for a, b in ((left, right), (left.square(), right.square()))
-        )
-        return first, second
+        return sampled(pattern, left.T, right), sampled(pattern, left.square().T, right.square())
 
     def gram(self) -> Tensor | None:
         """``(left left^T) * (right right^T)`` summed over the times, where that is less work."""
@@ -417,6 +436,7 @@ class Scratch:
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._patterns: dict[int, tuple[Tensor, torch.dtype, Tensor]] = {}
+        self._places: dict[int, tuple[Tensor, Tensor]] = {}
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def get(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -428,7 +448,7 @@ class Scratch:
         return held[:count].view(tuple(shape))
 
     def pattern(self, index: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A sparse matrix, (rows, columns), with entries at some sorted flat indices."""
+        """A sparse matrix, (rows, columns), with entries at some flat indices, those of a row together."""
         held = self._patterns.get(id(index))
         if held is not None and held[0] is index and held[1] == dtype:
             return held[2]
@@ -436,10 +456,17 @@ class Scratch:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the layout is a beta version
             made = torch.sparse_csr_tensor(
-                torch.searchsorted(index, starts),
+                torch.searchsorted(torch.div(index, columns, rounding_mode="floor") * columns, starts),
                 index % columns,
                 torch.zeros(index.numel(), dtype=dtype, device=index.device),
                 size=(rows, columns),
             )
         self._patterns[id(index)] = index, dtype, made
         return made
+
+    def places(self, index: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """Where some coordinates lie in another order of the columns, worked out once."""
+        held = self._places.get(id(index))
+        if held is None or held[0] is not index:
+            held = self._places[id(index)] = index, make()
+        return held[1]

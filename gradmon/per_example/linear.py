@@ -48,9 +48,7 @@ def addmm(part: Cut) -> Sequence[Shares | Tensor | None] | None:
     return _products(part, given["mat1"], given["mat2"], given["input"])
 
 
-def _products(
-    part: Cut, left: Tensor, right: Tensor, offset: Tensor | None
-) -> Sequence[Shares | Tensor | None] | None:
+def _products(part: Cut, left: Tensor, right: Tensor, offset: Tensor | None) -> Sequence[Shares | Tensor | None] | None:
     found: list[Shares | Tensor | None] = []
     for source in part.parameters:
         if source is offset:

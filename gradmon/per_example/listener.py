@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -30,6 +31,8 @@ from gradmon.per_example.whole import whole_modules
 
 _CHECKED_EVERY = 100
 """Every how many-th probe is compared with the slowest way."""
+_SUMMED_EVERY = 10
+"""Every how many-th probe is compared with the batch gradient, if that would cost too much for each of them."""
 
 
 @dataclass
@@ -122,6 +125,7 @@ class Listener:
         self._refused: dict[Any, str] = {}
         self._strays: dict[Any, int] = {}
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[int] = []
         self._local = threading.local()
         self._recorder: Recorder | None = None
         self._laid: tuple[list[int], Weights, Weights | None] | None = None
@@ -133,7 +137,7 @@ class Listener:
 
     def arm(self) -> None:
         """Attach the hooks, and begin anew."""
-        self.disarm()
+        self._interrupt()
         experience = self.experience
         weights, sampled = self._layouts()
         check = experience.probes % _CHECKED_EVERY == 0
@@ -149,6 +153,11 @@ class Listener:
             max_memory=experience.max_memory,
             scratch=experience.scratch,
             several=experience.several,
+            # Where fewer numbers arrive than there are weights, reading all of their gradients would show.
+            sums=check
+            or experience.doubt
+            or experience.rows >= weights.total
+            or experience.probes % _SUMMED_EVERY == 0,
         )
         experience.scratch = recorder.scratch
         self._ambiguous: list[Tensor] = []
@@ -157,12 +166,32 @@ class Listener:
         compiled = _compiled(self._model)
         if compiled is not None:
             recorder.fail(compiled)
+        else:
+            self._attach(weights)
+
+    def _attach(self, weights: Weights) -> None:
+        """Attach the hooks, unless those of the last step are still there."""
+        modules = list(self._model.modules())
+        hooked = [*map(id, modules), *map(id, weights.parameters)]
+        if self._handles and hooked == self._hooked:
             return
+        self._detach()
+        self._hooked = hooked
         for position, parameter in enumerate(weights.parameters):
-            self._handles.append(parameter.register_hook(_receiver(recorder, position)))
-        for module in self._model.modules():
+            self._handles.append(parameter.register_hook(_Hook(functools.partial(self._receive, position))))
+        for module in modules:
             self._handles.append(module.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _receive(self, position: int, gradient: Tensor) -> None:
+        """The gradient of a parameter arrives."""
+        if self._recorder is not None and not quiet_depth():
+            self._recorder.gradient(position, gradient)
 
     def _layouts(self) -> tuple[Weights, Weights | None]:
         """The layouts of `w`; the same as long as the same parameters are trained."""
@@ -177,13 +206,14 @@ class Listener:
 
     def disarm(self) -> None:
         """Take all hooks off, and let everything go."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        # An interrupt can end a forward pass without any hook being told.
+        self._detach()
+        self._interrupt()
+        self._recorder = None
+
+    def _interrupt(self) -> None:
+        """End what an interrupt has left: it ends a forward pass without any hook being told."""
         while self._calls:
             self._end(self._calls.pop())
-        self._recorder = None
 
     def _end(self, call: _Call) -> None:
         if call.close is not None:
@@ -212,6 +242,7 @@ class Listener:
                 "no forward pass of the model was seen (a compiled one cannot be seen: give the monitor the loss, "
                 "so that it takes passes of its own)"
             )
+        experience.rows, experience.doubt = recorder.rows, True
         collected = recorder.finish()
         experience.coverage = collected.coverage()
         if [id(p) for p in self._model.parameters() if p.requires_grad] != (self._laid[0] if self._laid else None):
@@ -219,6 +250,7 @@ class Listener:
         self._settle(batch)
         found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
         self._strays.clear()
+        experience.doubt = False
         return found
 
     def input_gradients(self) -> Tensor:
@@ -311,7 +343,10 @@ class Listener:
     def _listen_again(self, recorder: Recorder, args: Any, kwargs: Any) -> Callable[[bool], None]:
         """Look into a checkpointed part that is computed once more during the backward pass."""
         inputs = list(tensors((args, kwargs)))
-        capture = Capture(recorder.weights.parameters, inputs, lambda use: recorder.again(use, capture.tape), first=True)
+        capture = Capture(
+            recorder.weights.parameters, inputs, lambda use: recorder.again(use, capture.tape), first=True
+        )
+        capture.examples = example_count((args, kwargs), self._dim) if inputs else 0
         return _entered(capture, self._model, self.experience)
 
     def _listen(self, recorder: Recorder, call: _Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -334,7 +369,7 @@ class Listener:
         self._entered[recording] = course
         replaced: list[tuple[Tensor, Tensor, int]] = []
         inputs = list(tensors(batch))
-        capture = Capture(recorder.weights.parameters, inputs, recording.note, entry)
+        capture = Capture(recorder.weights.parameters, inputs, recording.note, examples, entry=entry)
         recording.tape = capture.tape
         capture.entered = lambda x: recorder.enter(recording, x)
         if entry is not None and entry.position is not None:
@@ -409,7 +444,8 @@ class Listener:
             def run(batch: Batch, tell: Callable[[Seen], None]) -> None:
                 args, kwargs = _copied(batch)
                 inputs = list(tensors((args, kwargs)))
-                capture = Capture(weights.parameters, inputs, lambda use: tell(Seen.of(use)), entry)
+                count = example_count((args, kwargs), self._dim)
+                capture = Capture(weights.parameters, inputs, lambda use: tell(Seen.of(use)), count, entry=entry)
                 if entry is not None and entry.position is not None:
                     given = inputs[entry.position]
                     x = capture.enter(given, frozenset({entry.position}))
@@ -453,14 +489,6 @@ def _entered(
         stack.close()
 
     return close
-
-
-def _receiver(recorder: Recorder, position: int) -> Callable[[Tensor], None]:
-    def receive(gradient: Tensor) -> None:
-        if not quiet_depth():
-            recorder.gradient(position, gradient)
-
-    return receive
 
 
 def _compiled(model: nn.Module) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from gradmon._tensors import wide
 from gradmon.per_example.forms import Outer, Relocated, Shares, chunks, whole
 
+
 def inner_products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
     """All inner products of the gradients of several groups of examples.
 
@@ -135,8 +136,8 @@ class Moments:
 
     Attributes:
         count: How many examples.
-        means: (k,), float64.
-        squares: (k,), float64.
+        means: (k,).
+        squares: (k,).
     """
 
     count: int
@@ -151,7 +152,7 @@ class Moments:
         largest = float(squares.max()) if squares.numel() else 1.0
         if rows.dtype != torch.float64 and not 1e-25 < largest < math.inf:  # squares leave the range of the type
             return Moments.of(wide(rows))
-        return Moments(len(rows), wide(means), wide(squares))
+        return Moments(len(rows), means, squares)
 
     def with_(self, other: Moments) -> Moments:
         """Those of both groups of examples together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
@@ -190,15 +191,14 @@ def _sampled(form: Outer, index: Tensor) -> Moments | None:
     largest = float(squares.max()) if squares.numel() else 1.0
     if not 1e-25 < largest < 1e30:
         return None
-    count = form.examples
-    means = wide(sums) / count
-    deviations = wide(squares) - means.square() * count
+    means = sums / form.examples
+    deviations = squares - means * sums
     fine = torch.finfo(sums.dtype).eps ** 0.375
-    lost = (deviations <= wide(squares) * fine).nonzero().reshape(-1)
+    lost = (deviations < squares * fine).nonzero().reshape(-1)
     if lost.numel():
-        exact = Moments.of(form.take(index[lost.to(index.device)]))
-        means[lost], deviations[lost] = exact.means, exact.squares
-    return Moments(count, means, deviations)
+        exact = Moments.of(form.take(index[lost]))
+        means[lost], deviations[lost] = exact.means.to(means.dtype), exact.squares.to(means.dtype)
+    return Moments(form.examples, means, deviations)
 
 
 def _joined(parts: Sequence[Moments]) -> Moments:

@@ -22,7 +22,7 @@ from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
 from gradmon._sandbox import full_precision, unpacked
 from gradmon.per_example.calls import Tape
-from gradmon.per_example.capture import Use, quietly
+from gradmon.per_example.capture import QUIET, Use
 from gradmon.per_example.collected import Collected, Group
 from gradmon.per_example.cut import Cut
 from gradmon.per_example.forms import Dense, Scratch, Shares, one
@@ -124,23 +124,31 @@ class _Guard:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._exit = contextlib.ExitStack()
+        self._exit: contextlib.ExitStack | None = None
+        self._grad = True
 
     def __enter__(self) -> None:
-        self._exit.enter_context(quietly())
-        self._exit.enter_context(torch.no_grad())
-        for kind in {"cpu", self._recorder.weights.device.type}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        QUIET.depth += 1
+        self._grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        kinds = [kind for kind in self._recorder.kinds if torch.is_autocast_enabled(kind)]
+        packed = saved_tensors_hooks() is not None
+        if kinds or packed or self._recorder.on_gpu:
+            self._exit = contextlib.ExitStack()
+            for kind in kinds:
                 self._exit.enter_context(torch.autocast(kind, enabled=False))
-        if torch.cuda.is_initialized():
-            self._exit.enter_context(full_precision())
-        if saved_tensors_hooks() is not None:
-            self._exit.enter_context(unpacked())
+            if self._recorder.on_gpu:
+                self._exit.enter_context(full_precision())
+            if packed:
+                self._exit.enter_context(unpacked())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
-        self._exit.close()
+        if self._exit is not None:
+            self._exit.close()
+        torch.set_grad_enabled(self._grad)
+        QUIET.depth -= 1
         if isinstance(error, Unavailable):
             self._recorder.fail(error.reason)
         elif isinstance(error, torch.OutOfMemoryError):
@@ -164,6 +172,7 @@ class Recorder:
         scratch: Memory for intermediate results, kept from probe to probe; None for new.
         several: Whether several backward passes are expected, whose gradients add up.
         single: Whether there can be only one.
+        sums: Whether the sum of the examples' gradients is compared with the gradient of each parameter.
     """
 
     def __init__(
@@ -179,6 +188,7 @@ class Recorder:
         scratch: Scratch | None = None,
         several: bool = False,
         single: bool = False,
+        sums: bool = True,
     ) -> None:
         self.weights, self.wanted = weights, wanted
         self._sampled = weights if sampled is None else sampled
@@ -187,6 +197,9 @@ class Recorder:
         self.closing = self.closed = False
         self._left: dict[int, tuple[weakref.ref[Tensor] | None, int]] = {}
         self.backwards = 0
+        kinds = {"cpu", weights.device.type}
+        self.kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
+        self.on_gpu = weights.device.type == "cuda"
         self._rules, self._ways, self._check, self._several = rules, ways, check, several
         self._max_memory, self._single = max_memory, single
         self.scratch = scratch or Scratch(min(_SCRATCH, max_memory // 4) // 4)
@@ -197,7 +210,8 @@ class Recorder:
         self._kept: dict[int, dict[Group, list[Shares]]] | None = None if single else {}
         self._held = 0
         self._x: list[tuple[Recording, int, Tensor]] = []
-        self.collected = Collected(weights, self._sampled)
+        self.collected = Collected(weights, self._sampled, sums=sums)
+        self.rows = 0
 
     def fail(self, reason: str) -> None:
         """Give up: no number of this probe can be trusted."""
@@ -316,20 +330,22 @@ class Recorder:
 
     def _process(self, live: _Live) -> None:
         use, now = live.use, self._now
-        assert use is not None and now is not None
+        assert use is not None
+        assert now is not None
         recording = live.recording
         self._group(recording)
         coarsest = torch.float64 if self.wanted.precise and self.weights.device.type != "mps" else torch.float32
         part = Cut(use, live.planned, live.arrived, recording.examples, self.scratch, coarsest)
         part.check()
         self.collected.noted(live.arrived, coarsest)
+        self.rows += sum(flow.numel() for flow in live.arrived if flow is not None)
         forms, way = self._ways.forms(part, self._rules, (recording.course, live.index), check=self._check)
         live.done, live.use, live.arrived = True, None, []
         for key, positions, form in zip(use.keys, live.planned.positions, forms, strict=True):
             for position, shares in self._ways.to_parameters(part, live.tape, key, positions, form, self.weights):
                 now.forms.setdefault(position, {}).setdefault(recording, []).append(shares)
             for position in positions:
-                self.collected.cover(position, way)
+                self.collected.cover(position, way, now.task)
                 now.remaining[position] -= 1
                 if now.remaining[position] == 0:
                     self._conclude(position)
@@ -378,7 +394,8 @@ class Recorder:
             return
         size = sum(t.untyped_storage().nbytes() for shares in forms.values() for form in shares for t in form.kept)
         self._held += size
-        if self._held > self._max_memory:
+        # Where one backward pass is all there has ever been, little is kept for the case that there are several.
+        if self._held > (self._max_memory if self._several else self._max_memory // 8):
             self._kept = None
             self._held = 0
             if self._several:
@@ -399,10 +416,14 @@ class Recorder:
         """
         if self.failure is not None:
             return
-        with self.guarded():
+        try:
+            gradient = gradient.detach()
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
-            self.collected.add_gradient(position, torch._C._current_graph_task_id() if task is None else task, gradient)
+            now = torch._C._current_graph_task_id() if task is None else task
+            self.collected.add_gradient(position, now, gradient)
+        except Exception as error:
+            self.fail(f"{type(error).__name__}: {error}")
 
     @property
     def task(self) -> int:

@@ -45,6 +45,8 @@ class Rows:
         """
         if examples == 1:
             return tensor.unsqueeze(0)
+        if self.dim == 0 and tensor.ndim and tensor.shape[0] == examples and self.inner == self.outer == 1:
+            return tensor.unsqueeze(1)
         apart = self._apart(tensor, examples).movedim(self.dim + 1, 0)
         return apart.flatten(self.dim + 1, self.dim + 2)
 
@@ -280,9 +282,7 @@ def _shapes(run: Run, batch: Batch) -> list[Seen]:
     return found
 
 
-def _compare(
-    run: Run, batch: Batch, looked: list[Seen], tell: Callable[[int, int, Tensor], None]
-) -> None:
+def _compare(run: Run, batch: Batch, looked: list[Seen], tell: Callable[[int, int, Tensor], None]) -> None:
     """Tell of each value of another pass, one after the other, so that never all of them are held.
 
     Raises:

@@ -32,9 +32,7 @@ class Ways:
         """Whether a use can be told from all others of its course by its function and parameters."""
         return sum((p.name, p.positions) == (planned.name, planned.positions) for p in course.uses) == 1
 
-    def forms(
-        self, part: Cut, rules: Rules, place: tuple[Course, int], *, check: bool
-    ) -> tuple[list[Shares], str]:
+    def forms(self, part: Cut, rules: Rules, place: tuple[Course, int], *, check: bool) -> tuple[list[Shares], str]:
         """The examples' gradients in a use, one form for each of its sources, and the name of the way.
 
         Args:
