@@ -13,7 +13,6 @@ from torch import Tensor
 from gradmon._errors import ArgumentError
 from gradmon._types import Batch
 
-
 _LEAVES = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device})
 """Types that hold no tensor, told at once: these functions run at every call of a model that is looked into."""
 

@@ -162,6 +162,7 @@ class Objective:
 
         Raises:
             Unavailable: Part of the graph is of a kind that knows only `backward`.
+            RuntimeError: Autograd fails for another reason.
         """
         parameters = [*self.weights.parameters, *more]
         if not isinstance(value, Tensor) or not value.requires_grad:

@@ -18,11 +18,11 @@ from gradmon._snapshot import ModuleState, RandomState
 class Sandbox:
     """A context in which a model may run forward and backward at any weights, and comes out exactly as it went in.
 
-    Inside, autocast (and its cache of cast weights) and TF32 are off and compiled models run eagerly, so that differences of gradients mean
-    something. Every pass starts from the random states and buffers that were found on entry, and runs on copies of
-    the weights, so that layers which change their weights in forward change the copies. Frozen weights that outweigh
-    the trainable ones tenfold (a backbone under adapters) are not copied, but for those of embeddings with a maximal
-    norm.
+    Inside, autocast (and its cache of cast weights) and TF32 are off and compiled models run eagerly, so that
+    differences of gradients mean something. Every pass starts from the random states and buffers that were found on
+    entry, and runs on copies of the weights, so that layers which change their weights in forward change the copies.
+    Frozen weights that outweigh the trainable ones tenfold (a backbone under adapters) are not copied, but for those of
+    embeddings with a maximal norm.
 
     Args:
         model: The model.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -88,6 +88,7 @@ def measure(
     """
     check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
     check_seed(seed)
+    check_rules(rules)
     check_input_module(model, input_module)
     if next_batch is not None:
         batch_tensors(next_batch, "next_batch")
@@ -221,6 +222,19 @@ def check_input_module(model: nn.Module, module: object) -> None:
         raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
 
 
+def check_rules(rules: object) -> None:
+    """Check rules for the examples' gradients.
+
+    Raises:
+        ArgumentError: `rules` does not map functions and module classes to rules.
+    """
+    if rules is None:
+        return
+    held: Mapping[Any, Any] = cast(Any, rules) if isinstance(rules, Mapping) else {None: None}
+    if not all(callable(key) and callable(rule) for key, rule in held.items()):
+        raise ArgumentError("rules", "map functions and module classes to rules", repr(cast(Any, rules)))
+
+
 def check_options(
     weights: object, inputs: object, derivative: object, micro_batches: object, optimizer: object, layers: object
 ) -> None:
@@ -338,6 +352,7 @@ def _examples(
     rules: Rules | None,
     wanted: Wanted,
 ) -> PerExampleResult:
+    check_rules(rules)
     with Objective(model, loss, batch, layout, reduction) as objective:
         experience = Experience(rules=RULES if rules is None else rules)
         return PerExample(objective, experience=experience).run(wanted).result

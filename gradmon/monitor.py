@@ -23,7 +23,7 @@ from gradmon._snapshot import RandomState
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule
 from gradmon.masks import Mask, as_mask, check_seed
-from gradmon.measure import check_input_module, check_options, choose_metrics, readings_from
+from gradmon.measure import check_input_module, check_options, check_rules, choose_metrics, readings_from
 from gradmon.metrics import Metric
 from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
@@ -81,8 +81,8 @@ class Monitor:
             much the examples of the batch disagree.
         metrics: ``"default"``, ``"all"`` (also those that take many passes), or names and `Metric` objects.
         schedule: When to look: `every`, `log_spaced`, or any callable from the step's number, counted from 1.
-        mask: The coordinates to look at: a `Mask`, a fraction in (0, 1], or None for all. ``"default"`` is 0.05; without
-            a `loss`, inner products of the examples' gradients, which come cheaper whole, are taken of all coordinates.
+        mask: The coordinates to look at: a `Mask`, a fraction in (0, 1], or None for all. ``"default"`` is 0.05;
+            without `loss` only for `gradient_snr`, because the examples' inner products come cheaper whole.
         seed: The seed of mask and samplers.
         run: The run's name, for sinks that label what they write.
         rank: This process's rank, likewise.
@@ -95,6 +95,11 @@ class Monitor:
         reduction: How one value per example becomes the batch loss.
         input_module: The module (or its name) whose output is an example's input x; None to find it.
         layers: Whether to add readings for each layer.
+        rules: How the examples' gradients in the uses of a function, or in a module of a class, are had; None for
+            `gradmon.per_example.RULES`.
+        max_memory: The most bytes to hold at a time for the examples' gradients, beside what the training itself holds.
+        example_dim: Without a `loss`: the dimension of the tensors that the model is called with that holds the
+            examples; None for the first, and refused where that is not clear.
 
     Raises:
         ArgumentError: An argument is not what it must be.
@@ -162,6 +167,13 @@ class Monitor:
             raise ArgumentError("run", "be a name", repr(run))
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("rank", "be an integer of at least 0", rank)
+        check_rules(rules)
+        if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("max_memory", "be an integer of at least 1", max_memory)
+        if example_dim is not None and (
+            isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0  # pyright: ignore[reportUnnecessaryIsInstance]
+        ):
+            raise ArgumentError("example_dim", "be an integer of at least 0, or None", example_dim)
         trainable(model)
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._schedule: Schedule = every(50) if schedule is None else schedule
@@ -209,8 +221,8 @@ class Monitor:
     def coverage(self) -> dict[str, str]:
         """By which way the examples' gradients of each parameter were had at the last probe that looked at them.
 
-        The name of a function for which there is a rule, such as ``"linear"``; ``"replay"`` or ``"repeat"`` where its call
-        was made again; ``"unused"`` where no gradient arrived.
+        The name of a function for which there is a rule, such as ``"linear"``; ``"replay"`` or ``"repeat"`` where its
+        call was made again; ``"unused"`` where no gradient arrived.
         """
         return {} if self._disabled else dict(self._experience.coverage)
 

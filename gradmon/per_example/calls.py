@@ -1,4 +1,4 @@
-"""Making calls again: under what circumstances they were made, and what parameters went through before they met data."""
+"""Making calls again: under what circumstances they were made, and what parameters went through before them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradmon._batches import map_tensors, tensors
 from gradmon._errors import Unavailable
+from gradmon.per_example._autograd import version
 
 _RELOCATING = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "view", "reshape",
                          "flatten", "unflatten", "contiguous", "squeeze", "unsqueeze", "chunk", "split", "narrow",
@@ -20,10 +21,11 @@ _RELOCATING = frozenset({"t", "transpose", "swapaxes", "swapdims", "permute", "m
 """Calls that put numbers elsewhere, or leave some away, and never use one twice."""
 
 
-_DETERMINISTIC = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear", "embedding", "embedding_bag",
-                            "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-                            "layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "prelu",
-                            "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_"}) | _RELOCATING  # fmt: skip
+_DETERMINISTIC = _RELOCATING | {"linear", "matmul", "mm", "bmm", "addmm", "einsum", "bilinear", "embedding",
+                                "embedding_bag", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+                                "conv_transpose3d", "layer_norm", "rms_norm", "group_norm", "instance_norm",
+                                "batch_norm", "prelu", "add", "add_", "sub", "sub_", "mul", "mul_", "div",
+                                "div_"}  # fmt: skip
 """Calls that never draw random numbers, so that it need not be found out."""
 
 
@@ -60,7 +62,7 @@ class Surroundings:
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, cache_enabled=False))
             if self._before is not None:
-                stack.enter_context(torch.random.fork_rng(self._gpus))
+                stack.enter_context(cast("Any", torch.random).fork_rng(self._gpus))
                 torch.set_rng_state(self._before[0])
                 for index, state in zip(self._gpus, self._before[1:], strict=True):
                     torch.cuda.set_rng_state(state, index)
@@ -96,7 +98,9 @@ class Tape:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
-        self._positions = {id(p): (p, (position,)) for position, p in enumerate(parameters)}
+        self._positions: dict[int, tuple[Tensor, tuple[int, ...]]] = {
+            id(p): (p, (position,)) for position, p in enumerate(parameters)
+        }
         self._lines: list[_Line] = []
 
     def knows(self, tensor: Tensor) -> bool:
@@ -114,7 +118,7 @@ class Tape:
     def record(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call on parameters alone, and remember it if its results have a gradient."""
         given = list({id(t): t for t in tensors((args, kwargs))}.values())
-        versions = [t._version for t in given]
+        versions = [version(t) for t in given]
         around = Surroundings(name, given)
         result = func(*args, **kwargs)
         returned = results(name, args, result)
@@ -145,8 +149,8 @@ class Tape:
         lines = self._leading_to(key)
         made = {id(t) for line in lines for t in line.made}
         for line in lines:
-            for tensor, version in zip(line.given, line.versions, strict=True):
-                if tensor._version != version and id(tensor) not in made and not isinstance(tensor, nn.Parameter):
+            for tensor, before in zip(line.given, line.versions, strict=True):
+                if version(tensor) != before and id(tensor) not in made and not isinstance(tensor, nn.Parameter):
                     raise Unavailable(f"what `{line.name}` was given was overwritten afterwards")
 
         def evaluate(*parameters: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gradmon._batches import map_tensors, tensors
+from gradmon.per_example._autograd import version
 from gradmon.per_example.calls import Surroundings, Tape, in_place, name_of, results
 
 _METADATA_ONLY = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
@@ -284,7 +285,7 @@ class Capture(TorchFunctionMode):
             keys=keys,
             positions=[self.tape.positions(tensor) for tensor in made],
             activations=activations,
-            versions=[tensor._version for tensor in activations],
+            versions=[version(tensor) for tensor in activations],
             outputs=[],
             places=[],
             made=[tensor for tensor in made if not isinstance(tensor, nn.Parameter)],
@@ -304,7 +305,7 @@ class Capture(TorchFunctionMode):
         """A module for whose class there is a rule is called: it is taken as one use, and not looked into."""
         if self._whole is not None:
             return
-        made = [p for p in module.parameters() if p.requires_grad and self.tape.knows(p)]
+        made: list[Tensor] = [p for p in module.parameters() if p.requires_grad and self.tape.knows(p)]
         given = list(tensors((args, kwargs)))
         origins = frozenset[int]().union(*(o for t in given if (o := self._origins(t)) is not None))
         self._whole = module, self._begun(module, args, kwargs, made, origins) if made else None

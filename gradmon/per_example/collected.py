@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -115,17 +115,20 @@ class Collected:
         """Add the inner products of one parameter's gradients, (N, N) for the examples of some groups."""
         factor = self._factor(position)
         sizes = [group.examples for group in groups]
-        rows = [product] if len(groups) == 1 else product.split(sizes)
+        rows = [product] if len(groups) == 1 else torch.split(product, sizes)
         for a, own in zip(groups, rows, strict=True):
-            for b, block in zip(groups, [own] if len(groups) == 1 else own.split(sizes, dim=1), strict=True):
-                before = self._products.get((a, b))
-                if before is None:
+            for b, block in zip(groups, [own] if len(groups) == 1 else torch.split(own, sizes, dim=1), strict=True):
+                total = self._products.get((a, b))
+                if total is None:
                     self._products[a, b] = wide(block) * factor
                 else:
-                    before.add_(block, alpha=factor)
+                    total.add_(block, alpha=factor)
                 if a.task == b.task and self._compared:
-                    size, trace = self._sent.get((position, a.task), (0.0, 0.0))
-                    self._sent[position, a.task] = size + block.sum(), trace + (block.trace() if a is b else 0.0)
+                    size, trace = block.sum(), block.trace() if a is b else block.new_zeros(())
+                    before = self._sent.get((position, a.task))
+                    self._sent[position, a.task] = (
+                        (size, trace) if before is None else (before[0] + size, before[1] + trace)
+                    )
 
     def _factor(self, position: int) -> float:
         """How much a looked-at coordinate of a parameter counts in inner products."""
@@ -342,7 +345,8 @@ def _read(scalars: Iterable[Any]) -> list[float]:
     if all(not isinstance(value, Tensor) or value.device.type == "cpu" for value in found):
         return [float(value) for value in found]
     device = next(value.device for value in found if isinstance(value, Tensor) and value.device.type != "cpu")
-    return torch.stack([torch.as_tensor(value).to(device, torch.float64) for value in found]).tolist()
+    stacked: Any = torch.stack([torch.as_tensor(value).to(device, torch.float64) for value in found])
+    return stacked.tolist()
 
 
 def _held(weights: Weights) -> list[int]:
@@ -394,6 +398,7 @@ def _square(vector: Tensor) -> Tensor:
         size = torch.dot(vector, vector).double()
         if 1e-25 < float(size) < 1e30:  # much faster, where squares stay within the range of the type
             return size
+    norm = cast("Any", torch.linalg).vector_norm
     if vector.device.type == "mps":
-        return wide(torch.linalg.vector_norm(vector.float())).square()
-    return torch.linalg.vector_norm(vector, dtype=torch.float64).square()
+        return wide(norm(vector.float())).square()
+    return norm(vector, dtype=torch.float64).square()

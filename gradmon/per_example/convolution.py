@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from gradmon._errors import Unavailable
 from gradmon.per_example.cut import Cut
-from gradmon.per_example.forms import Outer, Scratch, Shares, sampled, sparse, taken
+from gradmon.per_example.forms import Outer, Shares, sparse, taken
+from gradmon.per_example.scratch import Scratch, sampled
 
 _CACHED, _LARGE = 1 << 19, 1 << 26
 """How many numbers of windows to hold at a time, where a cache counts and where it does not."""
@@ -84,7 +85,8 @@ class Convolution:
         made = self._windowed(examples, rows)
         if not ordered:
             return made.flatten(1)
-        return made.unflatten(2, (math.prod(self.shape[2:]), self.shape[1])).transpose(2, 3).flatten(1)
+        apart = made.reshape(len(made), made.shape[1], math.prod(self.shape[2:]), self.shape[1])
+        return apart.transpose(2, 3).flatten(1)
 
     def _windowed(self, examples: slice, rows: slice) -> Tensor:
         """The gradients with the columns in the order of the windows: first the kernel, then the channels."""
@@ -104,9 +106,10 @@ class Convolution:
             some = slice(start, min(start + step, len(left)))
             count = some.stop - some.start
             seen = windows.of(right[some, :, per_group].flatten(0, 1), positions)
-            seen = seen.unflatten(0, (count, planes)).transpose(1, 2).flatten(2, 3)  # (count, groups, planes * T, cols)
-            sent = left[some, :, first * height : last * height].flatten(3).unflatten(2, (last - first, height))
-            sent = sent.permute(0, 2, 3, 1, 4).flatten(3)  # (count, groups, height, planes * T)
+            seen = seen.reshape(count, planes, *seen.shape[1:]).transpose(1, 2).flatten(2, 3)
+            sent = left[some, :, first * height : last * height]
+            sent = sent.reshape(count, planes, last - first, height, -1).permute(0, 2, 3, 1, 4).flatten(3)
+            # (count, groups, height, planes * T) times (count, groups, planes * T, columns)
             target = out[some].view(count * (last - first), height, columns)
             torch.bmm(sent.flatten(0, 1), seen.flatten(0, 1), out=target)
         return out[:, rows.start - first * height : rows.stop - first * height]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import Unavailable
+from gradmon.per_example._autograd import version
 from gradmon.per_example.capture import Use
-from gradmon.per_example.forms import Dense, Lazy, Scratch, Shares
+from gradmon.per_example.forms import Dense, Lazy, Shares
 from gradmon.per_example.rows import Planned, Rows, Spread, Unknown
+from gradmon.per_example.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Cut:
             Unavailable: It has been overwritten since.
         """
         at = self._at(argument)
-        if argument._version != self.use.versions[at]:
+        if version(argument) != self.use.versions[at]:
             raise Unavailable(f"what `{self.use.name}` was given was overwritten afterwards")
         return self.widened(argument)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import Unavailable
+from gradmon.per_example._autograd import version
 from gradmon.per_example.cut import Cut
 from gradmon.per_example.forms import Dense, Shares
 from gradmon.per_example.rows import Rows, Spread
@@ -89,11 +90,11 @@ class Repeated:
         self._lost: Tensor | None = None
         self._sources = [source.detach().requires_grad_() for source in use.sources]
         replaced = {id(s): leaf for s, leaf in zip(use.sources, self._sources, strict=True)}
-        for tensor, version in zip(use.activations, use.versions, strict=True):
+        for tensor, before in zip(use.activations, use.versions, strict=True):
             # A copy, because running statistics are overwritten by the call, and in plain order, because some kernels
             # go wrong with channels last. What was overwritten is lost: if it mattered, the result will not be finite.
             copied = tensor.clone(memory_format=torch.contiguous_format)
-            if tensor._version != version:
+            if version(tensor) != before:
                 if not tensor.is_floating_point():
                     raise Unavailable(f"what `{use.name}` was given was overwritten afterwards")
                 self._lost = copied.fill_(math.nan)

@@ -7,12 +7,13 @@ matrix when it is asked for it; some know a shorter way to their Gram matrix.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from gradmon.per_example.scratch import Scratch, sampled
 
 
 class Shares(Protocol):
@@ -143,11 +144,6 @@ def sparse(shares: Shares, index: Tensor) -> bool:
     return index.device.type == "cpu" and 4 * index.numel() < math.prod(shares.shape)
 
 
-def sampled(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Some entries of ``left @ right``, (k,)."""
-    return torch.sparse.sampled_addmm(pattern, left, right, beta=0.0).values()
-
-
 class Dense:
     """The gradients themselves: of biases, norms and other small parameters.
 
@@ -264,80 +260,6 @@ class Outer:
         return Outer(self.left * factor, self.right, self._scratch, self.shape)
 
 
-class Lookup:
-    """Rows of a table that were looked up: ``h_i[v] = sum_{t: ids_it = v} flow_it``.
-
-    Args:
-        ids: (n, T), int64.
-        flow: (n, T, D).
-        size: The number of rows of the table.
-        scratch: Makes room for parts of (n, size, D).
-    """
-
-    sliceable = True
-
-    def __init__(self, ids: Tensor, flow: Tensor, size: int, scratch: Scratch) -> None:
-        self._ids, self._flow, self._scratch = ids, flow, scratch
-        self.examples = ids.shape[0]
-        self.shape = torch.Size((size, flow.shape[2]))
-        self.kept = [ids, flow]
-
-    def block(self, examples: slice, rows: slice, *, ordered: bool = True) -> Tensor:
-        """The gradients of some examples in some rows, (n', rows * D)."""
-        ids, flow = self._ids[examples], self._flow[examples]
-        count, width = rows.stop - rows.start, flow.shape[2]
-        found = self._scratch.get((len(ids) * count, width), flow).zero_()
-        inside = (ids >= rows.start) & (ids < rows.stop)
-        place = torch.arange(len(ids), device=ids.device)[:, None] * count + (ids - rows.start)
-        found.index_add_(0, place[inside], flow[inside])
-        return found.reshape(len(ids), -1)
-
-    def _sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The sum for each pair of example and id that occurs, and both, ordered by id."""
-        owner = torch.arange(self.examples, device=self._ids.device)[:, None].expand_as(self._ids)
-        pairs, place = torch.unique(self._ids * self.examples + owner, return_inverse=True)
-        sums = self._flow.new_zeros(pairs.numel(), self.shape[1])
-        sums.index_add_(0, place.reshape(-1), self._flow.reshape(-1, self.shape[1]))
-        return sums, pairs % self.examples, torch.div(pairs, self.examples, rounding_mode="floor")
-
-    def take(self, index: Tensor) -> Tensor:
-        """Some coordinates, (n, k)."""
-        sums, owner, ids = self._sums()
-        width = self.shape[1]
-        found = sums.new_zeros(self.examples, index.numel())
-        # The picks are sorted: those in the row of one id lie together.
-        starts = torch.searchsorted(index, ids * width)
-        counts = torch.searchsorted(index, (ids + 1) * width) - starts
-        pair = torch.repeat_interleave(torch.arange(len(ids), device=ids.device), counts)
-        within = torch.arange(pair.numel(), device=ids.device) - (counts.cumsum(0) - counts)[pair]
-        pick = starts[pair] + within
-        found[owner[pair], pick] = sums[pair, index[pick] % width]
-        return found
-
-    def gram(self) -> Tensor | None:
-        """Ids of a single example count on the diagonal only; the others' sums are laid side by side."""
-        sums, owner, ids = self._sums()
-        _, place, holders = torch.unique_consecutive(ids, return_inverse=True, return_counts=True)
-        shared = holders[place] > 1
-        alone = ~shared
-        found = sums.new_zeros(self.examples, self.examples)
-        found.diagonal().index_add_(0, owner[alone], sums[alone].square().sum(1))
-        columns = torch.unique_consecutive(place[shared], return_inverse=True)[1]
-        sums, owner, width = sums[shared], owner[shared], self.shape[1]
-        step = max(1, self._scratch.budget // max(1, self.examples * width))
-        for start in range(0, int(columns[-1]) + 1 if columns.numel() else 0, step):
-            inside = (columns >= start) & (columns < start + step)
-            count = min(step, int(columns[-1]) + 1 - start)
-            part = self._scratch.get((self.examples, count, width), sums).zero_()
-            part[owner[inside], columns[inside] - start] = sums[inside]
-            found += part.flatten(1) @ part.flatten(1).T
-        return found
-
-    def scaled(self, factor: float) -> Lookup:
-        """The gradients times a factor."""
-        return Lookup(self._ids, self._flow * factor, self.shape[0], self._scratch)
-
-
 class Lazy:
     """Gradients that are made anew whenever they are asked for, some examples at a time.
 
@@ -422,51 +344,3 @@ class Relocated:
     def scaled(self, factor: float) -> Relocated:
         """The gradients times a factor."""
         return Relocated(self.inner.scaled(factor), self.places, self.shape, self._scratch)
-
-
-class Scratch:
-    """One piece of memory for all intermediate results, so that none is taken from the system anew.
-
-    What `get` returned is overwritten by the next `get`.
-
-    Args:
-        budget: The most numbers that forms should make at once.
-    """
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._patterns: dict[int, tuple[Tensor, torch.dtype, Tensor]] = {}
-        self._places: dict[int, tuple[Tensor, Tensor]] = {}
-        self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def get(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """An uninitialised tensor with the type and device of another one."""
-        count, key = math.prod(shape), (like.dtype, like.device)
-        held = self._held.get(key)
-        if held is None or held.numel() < count:
-            held = self._held[key] = torch.empty(count, dtype=like.dtype, device=like.device)
-        return held[:count].view(tuple(shape))
-
-    def pattern(self, index: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A sparse matrix, (rows, columns), with entries at some flat indices, those of a row together."""
-        held = self._patterns.get(id(index))
-        if held is not None and held[0] is index and held[1] == dtype:
-            return held[2]
-        starts = torch.arange(rows + 1, device=index.device) * columns
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the layout is a beta version
-            made = torch.sparse_csr_tensor(
-                torch.searchsorted(torch.div(index, columns, rounding_mode="floor") * columns, starts),
-                index % columns,
-                torch.zeros(index.numel(), dtype=dtype, device=index.device),
-                size=(rows, columns),
-            )
-        self._patterns[id(index)] = index, dtype, made
-        return made
-
-    def places(self, index: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """Where some coordinates lie in another order of the columns, worked out once."""
-        held = self._places.get(id(index))
-        if held is None or held[0] is not index:
-            held = self._places[id(index)] = index, make()
-        return held[1]

@@ -2,75 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import sys
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
 from gradmon._batches import example_count, map_tensors, tensors
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._parameters import Weights, unwrapped
-from gradmon._sandbox import Sandbox
 from gradmon._types import Batch
 from gradmon.masks import Mask
-from gradmon.per_example.active import Experience, by_example, entering, entry_of, without_zeros
-from gradmon.per_example.capture import Capture, Entry, Use, quiet_depth, quietly
+from gradmon.per_example._autograd import here, running_backward, version
+from gradmon.per_example.active import Experience, by_example
+from gradmon.per_example.capture import Capture, Entry, quiet_depth
 from gradmon.per_example.collected import PerExampleResult
+from gradmon.per_example.courses import Courses
+from gradmon.per_example.hooks import Call, Hook, UnderWay, begun, compiled
 from gradmon.per_example.recorder import Recorder, Recording, Wanted
-from gradmon.per_example.rows import Course, Seen, Still, find_course
-from gradmon.per_example.whole import whole_modules
+from gradmon.per_example.rows import Course
 
 _CHECKED_EVERY = 100
 """Every how many-th probe is compared with the slowest way."""
 _SUMMED_EVERY = 10
 """Every how many-th probe is compared with the batch gradient, if that would cost too much for each of them."""
-
-
-@dataclass
-class _Call:
-    """A call of a module that is under way.
-
-    Attributes:
-        module: The module.
-        frame: The frame in which it is called.
-        close: What ends the capture that was begun with it.
-    """
-
-    module: nn.Module
-    frame: FrameType
-    close: Callable[[bool], None] | None = None
-
-    def under_way(self) -> bool:
-        """Whether it is; an interrupt ends it without a hook being told."""
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame is not self.frame:
-            frame = frame.f_back
-        return frame is not None
-
-
-class _Hook:
-    """A hook of which copies do nothing: those of a model that is copied, or saved, while it is listened to."""
-
-    def __init__(self, call: Callable[..., Any] | None = None) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any) -> Any:
-        return None if self._call is None else self._call(*args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook()
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
 
 
 class Listener:
@@ -118,15 +76,14 @@ class Listener:
     ) -> None:
         self._model = unwrapped(model)
         self._wanted = Wanted(gram=gram, moments=moments)
-        self._inputs, self._mask, self._moments_mask = inputs, mask, moments_mask
-        self._input_module = self._model.get_submodule(input_module) if isinstance(input_module, str) else input_module
+        self._mask, self._moments_mask = mask, moments_mask
+        inner = self._model.get_submodule(input_module) if isinstance(input_module, str) else input_module
         self._dim, self._dim_given = example_dim or 0, example_dim is not None
         self.experience = experience or Experience()
-        self._refused: dict[Any, str] = {}
-        self._strays: dict[Any, int] = {}
+        self._known = Courses(self._model, self._dim, inputs, inner, self.experience)
         self._handles: list[RemovableHandle] = []
         self._hooked: list[int] = []
-        self._local = threading.local()
+        self._local = UnderWay()
         self._recorder: Recorder | None = None
         self._laid: tuple[list[int], Weights, Weights | None] | None = None
 
@@ -142,7 +99,7 @@ class Listener:
         weights, sampled = self._layouts()
         check = experience.probes % _CHECKED_EVERY == 0
         if check:
-            self._refused.clear()
+            self._known.reconsider()
         self._recorder = recorder = Recorder(
             weights,
             self._wanted,
@@ -163,9 +120,9 @@ class Listener:
         self._ambiguous: list[Tensor] = []
         self._courses: list[tuple[Any, Course, Entry | None]] = []
         self._entered: dict[Recording, Course] = {}
-        compiled = _compiled(self._model)
-        if compiled is not None:
-            recorder.fail(compiled)
+        reason = compiled(self._model)
+        if reason is not None:
+            recorder.fail(reason)
         else:
             self._attach(weights)
 
@@ -178,10 +135,11 @@ class Listener:
         self._detach()
         self._hooked = hooked
         for position, parameter in enumerate(weights.parameters):
-            self._handles.append(parameter.register_hook(_Hook(functools.partial(self._receive, position))))
+            hook = Hook(functools.partial(self._receive, position))
+            self._handles.append(cast("Any", parameter).register_hook(hook))
         for module in modules:
-            self._handles.append(module.register_forward_pre_hook(_Hook(self._enter), prepend=True, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_Hook(self._leave), always_call=True))
+            self._handles.append(module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(Hook(self._leave), always_call=True))
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -215,7 +173,7 @@ class Listener:
         while self._calls:
             self._end(self._calls.pop())
 
-    def _end(self, call: _Call) -> None:
+    def _end(self, call: Call) -> None:
         if call.close is not None:
             call.close(True)
 
@@ -236,7 +194,7 @@ class Listener:
         experience.probes += 1
         experience.several = recorder.backwards > 1
         if recorder.stray:
-            self._forget()
+            self._known.forget([(key, course) for key, course, _ in self._courses])
         if not self._courses and recorder.failure is None:
             raise Unavailable(
                 "no forward pass of the model was seen (a compiled one cannot be seen: give the monitor the loss, "
@@ -249,7 +207,7 @@ class Listener:
             raise Unavailable("which parameters are trained has changed since the last step")
         self._settle(batch)
         found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
-        self._strays.clear()
+        self._known.confirm()
         experience.doubt = False
         return found
 
@@ -268,15 +226,6 @@ class Listener:
         parts = [by_example(flow, self._entered[recording].x, recording.examples) for recording, _, flow in found]
         whole = torch.cat(parts)
         return whole * len(whole)
-
-    def _forget(self) -> None:
-        """What was found out about forward passes holds no longer; one that never repeats itself is given up."""
-        for key, course, _ in self._courses:
-            if self.experience.courses.get(key) is course:
-                del self.experience.courses[key]
-            self._strays[key] = self._strays.get(key, 0) + 1
-            if self._strays[key] > 2:
-                self._refused[key] = "the forward pass does not repeat itself"
 
     def _counts(self, batch: Batch | None) -> set[int]:
         """How many examples a batch may hold; nothing if it cannot be told."""
@@ -302,10 +251,8 @@ class Listener:
                 )
 
     @property
-    def _calls(self) -> list[_Call]:
+    def _calls(self) -> list[Call]:
         """The calls under way in this thread, outermost first."""
-        if not hasattr(self._local, "calls"):
-            self._local.calls = []
         return self._local.calls
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -316,12 +263,12 @@ class Listener:
         calls = self._calls
         while calls and not calls[-1].under_way():
             self._end(calls.pop())
-        call = _Call(module, sys._getframe(2))
+        call = Call(module, here(2))
         calls.append(call)
         if len(calls) > 1 or recorder.failure is not None or not torch.is_grad_enabled():
             return None
         try:
-            if torch._C._current_graph_task_id() != -1:
+            if running_backward() is not None:
                 call.close = self._listen_again(recorder, args, kwargs)
                 return None
             return self._listen(recorder, call, module, args, kwargs)
@@ -347,16 +294,16 @@ class Listener:
             recorder.weights.parameters, inputs, lambda use: recorder.again(use, capture.tape), first=True
         )
         capture.examples = example_count((args, kwargs), self._dim) if inputs else 0
-        return _entered(capture, self._model, self.experience)
+        return begun(capture, self._model, self.experience.rules)
 
-    def _listen(self, recorder: Recorder, call: _Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _listen(self, recorder: Recorder, call: Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
         batch = (args, kwargs)
         try:
             examples = example_count(batch, self._dim)
         except GradmonError as error:
             raise Unavailable(f"the examples cannot be counted: {error}") from error
         handles = list(self._handles)
-        key, course, entry = self._known(recorder, module, batch, examples)
+        key, course, entry = self._known.of(recorder.weights, module, batch, examples)
         if self._recorder is not recorder:  # the model's own code ended the listening meanwhile
             for handle in handles:
                 handle.remove()
@@ -375,14 +322,14 @@ class Listener:
         if entry is not None and entry.position is not None:
             given = inputs[entry.position]
             x = capture.enter(given, frozenset({entry.position}))
-            replaced.append((given, x, x._version))
+            replaced.append((given, x, version(x)))
             batch = map_tensors(batch, lambda t: x if t is given else t)
-        close = _entered(capture, self._model, self.experience, entry)
+        close = begun(capture, self._model, self.experience.rules, entry)
 
         def finish(failed: bool) -> None:
             close(failed)
-            for original, twin, version in replaced:
-                if twin._version != version:  # the model overwrote its input: let the caller see it
+            for original, twin, before in replaced:
+                if version(twin) != before:  # the model overwrote its input: let the caller see it
                     with torch.no_grad():
                         original.copy_(twin)
             if failed:
@@ -392,108 +339,3 @@ class Listener:
 
         call.close = finish
         return batch if replaced else None
-
-    def _known(
-        self, recorder: Recorder, module: nn.Module, batch: Batch, examples: int
-    ) -> tuple[Any, Course, Entry | None]:
-        """The course of a call, found out if it is not known yet."""
-        inputs = list(tensors(batch))
-        trained = tuple(id(parameter) for parameter in recorder.weights.parameters)
-        key = (trained, id(module), examples == 1, tuple(t.ndim for t in inputs), self._inputs)
-        if key in self._refused:
-            raise Unavailable(self._refused[key])
-        entries: dict[Any, Any] = self.experience.courses
-        entry: Entry | None = entries.get((key, "entry"))
-        if key not in entries:
-            try:
-                with quietly():
-                    entry = self._find_entry(recorder.weights, module, batch) if self._inputs else None
-                    few = key not in self._strays
-                    entries[key] = self._look(recorder.weights, module, batch, examples, entry, few=few)
-                entries[key, "entry"] = entry
-            except Unavailable as missing:
-                self._refused[key] = missing.reason
-                raise
-        return key, entries[key], entry
-
-    def _find_entry(self, weights: Weights, module: nn.Module, batch: Batch) -> Entry | None:
-        if self._input_module is not None:
-            return Entry(module=self._input_module)
-        consumed: set[int] = set()
-
-        def note(use: Use) -> None:
-            if any(tensor.numel() > 1 for tensor in (*use.outputs, *use.activations)):
-                consumed.update(use.origins)
-
-        with Sandbox(self._model, weights.parameters) as sandbox, sandbox.at([p.data for p in weights.parameters]):
-            args, kwargs = _copied(batch)
-            inputs = list(tensors((args, kwargs)))
-            with (capture := Capture(weights.parameters, inputs, note)):
-                module(*args, **kwargs)
-        try:
-            return entry_of(inputs, consumed, capture.embeddings)
-        except Unavailable:
-            return None
-
-    def _look(
-        self, weights: Weights, module: nn.Module, batch: Batch, examples: int, entry: Entry | None, *, few: bool
-    ) -> Course:
-        values = [without_zeros(parameter.data) for parameter in weights.parameters]
-        with Sandbox(self._model, weights.parameters) as sandbox:
-
-            def run(batch: Batch, tell: Callable[[Seen], None]) -> None:
-                args, kwargs = _copied(batch)
-                inputs = list(tensors((args, kwargs)))
-                count = example_count((args, kwargs), self._dim)
-                capture = Capture(weights.parameters, inputs, lambda use: tell(Seen.of(use)), count, entry=entry)
-                if entry is not None and entry.position is not None:
-                    given = inputs[entry.position]
-                    x = capture.enter(given, frozenset({entry.position}))
-                    args, kwargs = map_tensors((args, kwargs), lambda t: x if t is given else t)
-                try:
-                    with sandbox.at(values), Still():
-                        close = _entered(capture, self._model, self.experience, entry)
-                        try:
-                            module(*args, **kwargs)
-                        finally:
-                            close(False)
-                except (GradmonError, torch.OutOfMemoryError):
-                    raise
-                except Exception as error:
-                    kind = type(error).__name__
-                    raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
-                if capture.x is not None:
-                    tell(Seen("x", [], 1, [capture.x.detach().clone()], []))
-
-            return find_course(run, batch, examples, self._dim, few=few)
-
-
-def _copied(batch: Batch) -> Batch:
-    return map_tensors(batch, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
-
-
-def _entered(
-    capture: Capture, model: nn.Module, experience: Experience, entry: Entry | None = None
-) -> Callable[[bool], None]:
-    """Begin to look; the function that is returned ends it."""
-    stack = contextlib.ExitStack()
-    stack.enter_context(whole_modules(model, experience.rules, capture))
-    if entry is not None and entry.module is not None:
-        stack.callback(entry.module.register_forward_hook(entering(capture)).remove)
-    capture.__enter__()
-
-    def close(failed: bool) -> None:
-        if _get_current_function_mode() is capture:
-            capture.__exit__(None, None, None)
-        capture.off = True
-        stack.close()
-
-    return close
-
-
-def _compiled(model: nn.Module) -> str | None:
-    """Why a compiled model cannot be looked into; None if it is not one."""
-    for module in model.modules():
-        if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-            return "the model is compiled: give the monitor the loss, so that it takes passes of its own"
-    return None

@@ -47,7 +47,7 @@ def _largest(groups: Sequence[Sequence[Shares]], budget: int) -> float:
 
 
 def _merged(forms: Sequence[Shares]) -> list[Shares]:
-    """Uses by matrix products are put one after the other in time: the sum of their gradients is one of the same kind."""
+    """Matrix products are put one after the other in time: the sum of their gradients is one of the same kind."""
     outer = [form for form in forms if isinstance(form, Outer)]
     if len(outer) != len(forms) or len(forms) < 2:
         return list(forms)

@@ -7,12 +7,10 @@ products that are wanted are made of it and everything is let go.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,15 +18,17 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
-from gradmon._sandbox import full_precision, unpacked
+from gradmon.per_example._autograd import after_backward, packing_hook, running_backward, version
 from gradmon.per_example.calls import Tape
-from gradmon.per_example.capture import QUIET, Use
+from gradmon.per_example.capture import Use
 from gradmon.per_example.collected import Collected, Group
 from gradmon.per_example.cut import Cut
-from gradmon.per_example.forms import Dense, Scratch, Shares, one
+from gradmon.per_example.forms import Dense, Shares, one
+from gradmon.per_example.guard import Guard
 from gradmon.per_example.products import coordinates, inner_products, moments
 from gradmon.per_example.rows import Course, Planned
 from gradmon.per_example.rules import Rules
+from gradmon.per_example.scratch import Scratch
 from gradmon.per_example.ways import Ways
 
 _SCRATCH = 1 << 25
@@ -119,45 +119,6 @@ class _Backward:
     ended: bool = False
 
 
-class _Guard:
-    """No gradients, no autocast, full precision; what is raised becomes the reason why there is no number."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        self._recorder = recorder
-        self._exit: contextlib.ExitStack | None = None
-        self._grad = True
-
-    def __enter__(self) -> None:
-        QUIET.depth += 1
-        self._grad = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        kinds = [kind for kind in self._recorder.kinds if torch.is_autocast_enabled(kind)]
-        packed = saved_tensors_hooks() is not None
-        if kinds or packed or self._recorder.on_gpu:
-            self._exit = contextlib.ExitStack()
-            for kind in kinds:
-                self._exit.enter_context(torch.autocast(kind, enabled=False))
-            if self._recorder.on_gpu:
-                self._exit.enter_context(full_precision())
-            if packed:
-                self._exit.enter_context(unpacked())
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if self._exit is not None:
-            self._exit.close()
-        torch.set_grad_enabled(self._grad)
-        QUIET.depth -= 1
-        if isinstance(error, Unavailable):
-            self._recorder.fail(error.reason)
-        elif isinstance(error, torch.OutOfMemoryError):
-            self._recorder.fail("out of memory")
-        elif isinstance(error, Exception):
-            self._recorder.fail(f"{type(error).__name__}: {error}")
-        return isinstance(error, Exception)
-
-
 class Recorder:
     """Everything of one probe.
 
@@ -197,9 +158,7 @@ class Recorder:
         self.closing = self.closed = False
         self._left: dict[int, tuple[weakref.ref[Tensor] | None, int]] = {}
         self.backwards = 0
-        kinds = {"cpu", weights.device.type}
-        self.kinds = [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
-        self.on_gpu = weights.device.type == "cuda"
+        self._kinds = sorted({"cpu", weights.device.type})
         self._rules, self._ways, self._check, self._several = rules, ways, check, several
         self._max_memory, self._single = max_memory, single
         self.scratch = scratch or Scratch(min(_SCRATCH, max_memory // 4) // 4)
@@ -222,9 +181,9 @@ class Recorder:
         if self._now is not None:
             self._now.forms.clear()
 
-    def guarded(self) -> _Guard:
+    def guarded(self) -> Guard:
         """A context for everything that runs inside the training's own passes: nothing gets out of it."""
-        return _Guard(self)
+        return Guard(self._kinds, self.fail)
 
     def expect(self, recording: Recording, use: Use, planned: Planned, index: int, tape: Tape) -> None:
         """Leave hooks at the outputs of a use, which hold all that its gradient will meet."""
@@ -258,7 +217,9 @@ class Recorder:
         if self.failure is not None:
             return
         with self.guarded():
-            task = torch._C._current_graph_task_id()
+            task = running_backward()
+            if task is None:
+                return
             if live.task is not None and (live.task != task or live.waiting == 0):
                 raise Unavailable("a backward pass ran twice through the same graph")
             live.task = task
@@ -286,8 +247,7 @@ class Recorder:
                 remaining[position] = remaining.get(position, 0) + 1
         recordings = list(dict.fromkeys(live.recording for live in alive))
         self._now = _Backward(task, remaining, recordings, len(recordings) == 1)
-        engine: Any = torch.autograd.Variable._execution_engine
-        engine.queue_callback(self._end)
+        after_backward(self._end)
 
     def _compare_gradients(self) -> None:
         """See whether the gradients of the backward passes so far are still there, to be added to."""
@@ -326,7 +286,7 @@ class Recorder:
             self.closed = self.closing
             for position in self.collected.received(self._now.task):
                 gradient = self.weights.parameters[position].grad
-                self._left[position] = (None, 0) if gradient is None else (weakref.ref(gradient), gradient._version)
+                self._left[position] = (None, 0) if gradient is None else (weakref.ref(gradient), version(gradient))
 
     def _process(self, live: _Live) -> None:
         use, now = live.use, self._now
@@ -366,9 +326,9 @@ class Recorder:
         if wanted.rows:
             for group, shares in forms.items():
                 self.collected.add_rows(position, group, self._coordinates(position, shares, picks))
-        looked_at = forms
+        looked_at: dict[Group, list[Shares]] = forms
         if wanted.gram and picks is not None:
-            looked_at = {group: [Dense(coordinates(shares, picks))] for group, shares in forms.items()}
+            looked_at = {group: list[Shares]([Dense(coordinates(shares, picks))]) for group, shares in forms.items()}
         if wanted.moments:
             same = looked_at is not forms and self._sampled is self.weights
             for group, shares in (looked_at if same else forms).items():
@@ -420,8 +380,8 @@ class Recorder:
             gradient = gradient.detach()
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
-            now = torch._C._current_graph_task_id() if task is None else task
-            self.collected.add_gradient(position, now, gradient)
+            now = running_backward() if task is None else task
+            self.collected.add_gradient(position, -1 if now is None else now, gradient)
         except Exception as error:
             self.fail(f"{type(error).__name__}: {error}")
 
@@ -437,7 +397,7 @@ class Recorder:
         def arrived(gradients: Sequence[Tensor | None]) -> None:
             gradient = gradients[number]
             if self.failure is None and gradient is not None:
-                self._x.append((recording, torch._C._current_graph_task_id(), gradient))
+                self._x.append((recording, running_backward() or 0, gradient))
 
         node: Any = x.grad_fn
         node.register_prehook(arrived)
@@ -476,10 +436,10 @@ class Recorder:
 
 def _state(parameter: Tensor, left: tuple[weakref.ref[Tensor] | None, int]) -> str:
     """Whether a gradient is as a backward pass left it, gone (or zero), or something else."""
-    now, (before, version) = parameter.grad, left
+    now, (before, count) = parameter.grad, left
     if now is None:
         return "gone"
-    if before is not None and before() is now and now._version == version:
+    if before is not None and before() is now and version(now) == count:
         return "same"
     return "changed" if bool(now.any()) else "gone"
 
@@ -496,12 +456,5 @@ def _hook(recorder: Recorder, live: _Live, places: list[tuple[int, int]]) -> Cal
 
 
 def _recomputed() -> bool:
-    """Whether saved tensors are packed here, as a checkpointed part does that computes them once more."""
-    packing = saved_tensors_hooks()
-    return packing is not None and getattr(packing[0], "__module__", "") == "torch.utils.checkpoint"
-
-
-def saved_tensors_hooks() -> tuple[Any, Any] | None:
-    """What packs and unpacks saved tensors here; None if they are saved as they are."""
-    top: Any = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return None if top is None else top(True)
+    """Whether this is a checkpointed part, which is going to be computed once more in the backward pass."""
+    return getattr(packing_hook(), "__module__", "") == "torch.utils.checkpoint"

@@ -71,10 +71,10 @@ class PassiveProbe:
 
     def gather(self, batch: Batch) -> dict[type, Callable[[], Any]]:
         """What the step has shown: for each kind of evidence a function that returns it, or says why there is none."""
+        gradients = self._listener.input_gradients
         found: PerExampleResult | Unavailable
         try:
             found = self._listener.collect(batch)
-            gradients = self._listener.input_gradients
         except Unavailable as missing:
             found = missing
         weights = Weights(self._model)

@@ -208,6 +208,54 @@ def test_an_error_leaves_the_model_as_it_was():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+# --- per-example gradients -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.0, 1e9, True, None, "5"])
+def test_max_memory(wrong):
+    for loss in (None, mse):
+        with refused(f"`max_memory` must be an integer of at least 1. Got {wrong}"):
+            gradmon.Monitor(model(), None, loss, max_memory=wrong)
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.0, True, False, "1", [0]])
+def test_example_dim(wrong):
+    for loss in (None, mse):
+        with refused(f"`example_dim` must be an integer of at least 0, or None. Got {wrong}"):
+            gradmon.Monitor(model(), None, loss, example_dim=wrong)
+
+
+def no_rule(part):
+    return None
+
+
+WRONG_RULES = {
+    "a rule": no_rule,
+    "a list": [no_rule],
+    "a name": "linear",
+    "by name": {"linear": no_rule},
+    "by module": {nn.Linear(1, 1): None},
+    "no rule": {torch.nn.functional.linear: None},
+    "a result": {**gradmon.per_example.RULES, nn.Linear: torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_RULES.values(), ids=WRONG_RULES)
+def test_rules(wrong):
+    with refused("`rules` must map functions and module classes to rules. Got"):
+        gradmon.Monitor(model(), rules=wrong)
+    with refused("`rules` must map functions and module classes to rules. Got"):
+        gradmon.Monitor(model(), None, mse, rules=wrong)
+    for function in (gradmon.measure, gradmon.per_example_gradients, gradmon.per_example_gram):
+        with refused("`rules` must map functions and module classes to rules. Got"):
+            function(model(), mse, batch(), rules=wrong)
+
+
+def test_limits_that_are_allowed():
+    for options in ({"max_memory": 1}, {"example_dim": 0}, {"example_dim": 3}, {"rules": {}}, {"rules": None}):
+        gradmon.Monitor(model(), **options).close()
+
+
 # --- schedules and samplers ----------------------------------------------------------------------------------------
 
 
