@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmon._batches import batch_tensors
-from gradmon._errors import ArgumentError, PluginError, Unavailable
-from gradmon._evidence import Step, StepPair
+from gradmon._errors import Unavailable
 from gradmon._objective import Objective
 from gradmon._parameters import Weights, check_trains
-from gradmon._plugins import entry_points_named, load
 from gradmon._reading import Reading
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.masks import Mask, as_mask, check_seed
-from gradmon.metrics import METRICS, Metric, Value
+from gradmon.metrics import Metric, Value
+from gradmon.options import check_input_module, check_options, check_rules, choose_metrics
 from gradmon.per_example import RULES, Experience, PerExample, PerExampleResult, Rules, Wanted
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
@@ -140,123 +138,6 @@ def readings_from(metric: Metric, evidence: Sequence[Any], *, layers: bool, step
         parts = metric.layers(*evidence)
         readings += [Reading(metric.name, part, step, layer, value.scale) for layer, part in parts.items()]
     return readings
-
-
-def find_metric(name: str) -> Metric:
-    """The built-in metric of a name, or the one that an installed package adds under the entry point `gradmon.metrics`.
-
-    Raises:
-        ArgumentError: There is none of that name.
-        PluginError: It cannot be imported, or is no metric.
-    """
-    if name in METRICS:
-        return METRICS[name]
-    others = entry_points_named("gradmon.metrics")
-    if name not in others:
-        raise ArgumentError(
-            "metrics", f"be Metric objects or among {', '.join(sorted({*METRICS, *others}))}", repr(name)
-        )
-    found = load("gradmon.metrics", name)
-    if not isinstance(found, Metric):
-        raise PluginError(f"{others[name].value}, installed in `gradmon.metrics` as {name!r}, must be a Metric.")
-    return found
-
-
-def known_metrics() -> dict[str, Metric]:
-    """Every metric there is, by name; those of other packages that cannot be had are left out, and logged."""
-    found = dict(METRICS)
-    for name in entry_points_named("gradmon.metrics"):
-        try:
-            found[name] = find_metric(name)
-        except PluginError as error:
-            logging.getLogger("gradmon").warning("%s", error)
-    return found
-
-
-def choose_metrics(
-    metrics: str | Metric | Iterable[str | Metric] | None, optimizer: Optimizer | None, *, costly: bool = True
-) -> list[Metric]:
-    """The metrics that were asked for; None stands for all that can be had.
-
-    Raises:
-        ArgumentError: `metrics` names an unknown metric, or one that needs an optimizer where there is none.
-    """
-    if metrics is None:
-        return [
-            metric
-            for metric in METRICS.values()
-            if not metric.on_demand and (costly or not metric.costly) and (optimizer is not None or not _steps(metric))
-        ]
-    if not isinstance(metrics, (str, Metric, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ArgumentError("metrics", "be names or Metric objects", repr(metrics))
-    chosen: list[Metric] = []
-    for wanted in [metrics] if isinstance(metrics, (str, Metric)) else metrics:
-        metric = find_metric(wanted) if isinstance(wanted, str) else wanted
-        if not isinstance(metric, Metric):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("metrics", f"be Metric objects or among {', '.join(sorted(METRICS))}", repr(wanted))
-        if optimizer is None and _steps(metric):
-            raise ArgumentError("optimizer", f"be given for `{metric.name}`", None)
-        chosen.append(metric)
-    return chosen
-
-
-def _steps(metric: Metric) -> bool:
-    return metric.name == "stability" or Step in metric.needs or StepPair in metric.needs
-
-
-def check_input_module(model: nn.Module, module: object) -> None:
-    """Check that the inputs are taken from a module of the model.
-
-    Raises:
-        ArgumentError: `input_module` is neither a module of the model, nor the name of one, nor None.
-    """
-    if isinstance(module, nn.Module):
-        if not any(module is held for held in model.modules()):
-            raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
-    elif isinstance(module, str):
-        try:
-            model.get_submodule(module)
-        except AttributeError:
-            raise ArgumentError("input_module", "name a module of the model", repr(module)) from None
-    elif module is not None:
-        raise ArgumentError("input_module", "be a module of the model", type(module).__name__)
-
-
-def check_rules(rules: object) -> None:
-    """Check rules for the examples' gradients.
-
-    Raises:
-        ArgumentError: `rules` does not map functions and module classes to rules.
-    """
-    if rules is None:
-        return
-    held: Mapping[Any, Any] = cast(Any, rules) if isinstance(rules, Mapping) else {None: None}
-    if not all(callable(key) and callable(rule) for key, rule in held.items()):
-        raise ArgumentError("rules", "map functions and module classes to rules", repr(cast(Any, rules)))
-
-
-def check_options(
-    weights: object, inputs: object, derivative: object, micro_batches: object, optimizer: object, layers: object
-) -> None:
-    """Check the arguments that `measure` and `Monitor` share.
-
-    Raises:
-        ArgumentError: One of them is not what it must be.
-    """
-    for name, sampler, field in (("weights", weights, "span"), ("inputs", inputs, "examples")):
-        # A class has what its objects have.
-        if sampler is not None and (
-            isinstance(sampler, type) or not hasattr(sampler, "draw") or not hasattr(sampler, field)
-        ):
-            raise ArgumentError(name, f"be a sampler of gradmon.perturbations.{name}", type(sampler).__name__)
-    if derivative not in ("finite", "exact"):
-        raise ArgumentError("derivative", 'be "finite" or "exact"', repr(derivative))
-    if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 2:
-        raise ArgumentError("micro_batches", "be an integer of at least 2", micro_batches)
-    if optimizer is not None and not isinstance(optimizer, Optimizer):
-        raise ArgumentError("optimizer", "be a torch.optim.Optimizer", type(optimizer).__name__)
-    if not isinstance(layers, bool):
-        raise ArgumentError("layers", "be True or False", layers)
 
 
 def _layout(model: nn.Module, mask: Mask | float | None) -> Weights:

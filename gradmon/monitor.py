@@ -6,8 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -15,16 +14,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmon._errors import ArgumentError, Unavailable
-from gradmon._evidence import BatchGradient, InputGradients, Step, StepPair
-from gradmon._objective import Objective, dense
+from gradmon._evidence import BatchGradient, Step, StepPair
+from gradmon._objective import Objective
 from gradmon._parameters import Weights, check_trains, trainable
 from gradmon._reading import Alert, Reading
-from gradmon._snapshot import RandomState
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule
 from gradmon.masks import Mask, as_mask, check_seed
-from gradmon.measure import check_input_module, check_options, check_rules, choose_metrics, readings_from
 from gradmon.metrics import Metric
+from gradmon.options import (
+    check_input_module,
+    check_monitor,
+    check_options,
+    check_rules,
+    choose_monitored,
+)
 from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
@@ -40,27 +44,12 @@ from gradmon.probes import (
     step_evidence,
 )
 from gradmon.publishing import Failures, Publisher
+from gradmon.reading import Pending, Reader
 from gradmon.schedules import Schedule, every
 from gradmon.sinks import Sink
 
-_PASSIVE: frozenset[type] = frozenset({BatchGradient, Step, StepPair, *LISTENED})
-"""The evidence that the training's own passes and steps reveal."""
-_NOT_PASSIVE = frozenset({"loss", "step_ratio", "step_share", "batch_share"})
-"""Metrics that want more of such evidence than can be had without the loss."""
 _SAMPLED = 0.05
 """The part of the coordinates that is looked at unless it is said otherwise."""
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """A probed step whose comparison with the next batch is still to come."""
-
-    number: int
-    step: Step
-    before: list[Tensor]
-    after: list[Tensor]
-    waiting: list[tuple[Metric, list[Any]]]
-    random: RandomState | None
 
 
 class Monitor:
@@ -148,7 +137,7 @@ class Monitor:
         self.failures = Failures(run)
         self._step = 0
         self._watch: StepWatch | None = None
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
         self._publisher = Publisher(None if self._disabled else alerts, self.failures)
         if self._disabled:
@@ -157,23 +146,8 @@ class Monitor:
         check_seed(seed)
         if optimizer is not None:
             check_trains(optimizer, trainable(model).values())
-        if loss is not None and not callable(loss):
-            raise ArgumentError("loss", "be callable as loss(model, batch), or None", type(loss).__name__)
-        if reduction not in ("mean", "sum"):
-            raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
-        if schedule is not None and not callable(schedule):
-            raise ArgumentError("schedule", "be callable as schedule(step)", repr(schedule))
-        if not isinstance(run, str) or not run:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("run", "be a name", repr(run))
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("rank", "be an integer of at least 0", rank)
+        check_monitor(loss, reduction, schedule, run, rank, max_memory, example_dim)
         check_rules(rules)
-        if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ArgumentError("max_memory", "be an integer of at least 1", max_memory)
-        if example_dim is not None and (
-            isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0  # pyright: ignore[reportUnnecessaryIsInstance]
-        ):
-            raise ArgumentError("example_dim", "be an integer of at least 0, or None", example_dim)
         trainable(model)
         self._model, self._optimizer, self._loss = model, optimizer, loss
         self._schedule: Schedule = every(50) if schedule is None else schedule
@@ -190,8 +164,8 @@ class Monitor:
             "input_module": input_module,
         }
         self._reduction: Reduction = reduction
-        self._layers = layers
-        self._metrics = _chosen(metrics, optimizer, loss)
+        self._reader = Reader(self.failures, layers)
+        self._metrics = choose_monitored(metrics, optimizer, loss)
         check_input_module(model, input_module)
         self._publisher.open(sinks, run, rank)
         self._experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
@@ -246,10 +220,12 @@ class Monitor:
         readings: list[Reading] = []
         if pending is not None:
             lost = [metric for metric, _ in pending.waiting]
-            readings += self._safely("next batch", lambda: self._finish(pending, batch, taken), lost, pending.number)
+            readings += self._reader.safely(
+                "next batch", lambda: self._finish(pending, batch, taken), lost, pending.number
+            )
         due = self._is_due(self._step)
         if due:
-            readings += self._safely("probe", lambda: self._probe(batch, taken), self._metrics, self._step)
+            readings += self._reader.safely("probe", lambda: self._probe(batch, taken), self._metrics, self._step)
             readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
@@ -318,17 +294,6 @@ class Monitor:
         self._publisher.load_state_dict(state)
         self._arm()
 
-    def _safely(
-        self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int
-    ) -> list[Reading]:
-        """The readings of some metrics; where the look fails as a whole, NaN with the error for each."""
-        try:
-            return look()
-        except Exception as error:
-            self.failures.note(where, error)
-            reason = f"{type(error).__name__}: {error}"
-            return [Reading(metric.name, math.nan, step, reason=reason) for metric in metrics]
-
     def _is_due(self, step: int) -> bool:
         return self.failures.guard("schedule", lambda: bool(self._schedule(step)), False)
 
@@ -365,28 +330,33 @@ class Monitor:
     def _look(self, scene: Scene, after: list[Tensor]) -> list[Reading]:
         waiting: list[tuple[Metric, list[Any]]] = []
         readings: list[Reading] = []
+        read = self._reader.read
         for metric in self._metrics:
             if StepPair not in metric.needs:
-                readings += self._read(metric, lambda m=metric: [scene.get(kind) for kind in m.needs], self._step)
+                readings += self._reader.read(
+                    metric, lambda m=metric: [scene.get(kind) for kind in m.needs], self._step
+                )
                 continue
             # What compares with the next batch waits for it; what is missing already says so now.
             kinds = [Step if kind is StepPair else kind for kind in metric.needs]
-            missing = self._read(metric, lambda k=kinds: [scene.get(kind) for kind in k], self._step, only_gather=True)
+            missing = self._reader.read(
+                metric, lambda k=kinds: [scene.get(kind) for kind in k], self._step, only_gather=True
+            )
             readings += missing
             if not missing:
                 waiting.append((metric, [scene.get(kind) for kind in kinds]))
         if waiting:
             state = scene.objective.sandbox.random
-            self._pending = _Pending(self._step, scene.get(Step), scene.objective.base, after, waiting, state)
+            self._pending = Pending(self._step, scene.get(Step), scene.objective.base, after, waiting, state)
         return readings
 
-    def _finish(self, pending: _Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
+    def _finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """The numbers of the last probed step that compare with the batch after it."""
         layout = self._layout()
         if self._loss is None:
             if taken is None:
                 return []
-            pair = StepPair(pending.step, None, layout.pick(_filled(taken.gradients, layout)))
+            pair = StepPair(pending.step, None, layout.pick(taken.filled(layout)))
         else:
             with Objective(
                 self._model, self._loss, batch, layout, self._reduction, pending.before, pending.random
@@ -395,23 +365,20 @@ class Monitor:
         readings: list[Reading] = []
         for metric, evidence in pending.waiting:
             whole = [pair if kind is StepPair else seen for kind, seen in zip(metric.needs, evidence, strict=True)]
-            readings += self._read(metric, lambda w=whole: w, pending.number)
+            readings += self._reader.read(metric, lambda w=whole: w, pending.number)
         return readings
 
     def _look_passively(self, layout: Weights, taken: Taken | None, batch: Batch) -> list[Reading]:
         """What the training's own passes, gradients and steps reveal, as they are when the optimizer steps."""
-        gathered: dict[type, Callable[[], Any]] = {}
-        if self._passive is not None:
-            gathered |= self._passive.gather(batch)
+        gathered = {} if self._passive is None else self._passive.gather(batch)
+        step, finite = None, True
         if taken is not None:
-            gradients = _filled(taken.gradients, layout)
+            gradients = taken.filled(layout)
             seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
             after = [parameter.detach() for parameter in layout.parameters]
             step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
             gathered |= {BatchGradient: lambda: seen, Step: lambda: step}
             finite = math.isfinite(seen.gradient_norm)
-        else:
-            step, finite = None, True
 
         def gather(kinds: tuple[type, ...]) -> list[Any]:
             if not finite:
@@ -427,49 +394,7 @@ class Monitor:
                 waiting.append((metric, [step]))
             else:
                 kinds = tuple(Step if kind is StepPair else kind for kind in metric.needs)
-                readings += self._read(metric, lambda k=kinds: gather(k), self._step)
+                readings += self._reader.read(metric, lambda k=kinds: gather(k), self._step)
         if waiting and step is not None:
-            self._pending = _Pending(self._step, step, [], [], waiting, None)
+            self._pending = Pending(self._step, step, [], [], waiting, None)
         return readings
-
-    def _read(
-        self, metric: Metric, gather: Callable[[], list[Any]], step: int, *, only_gather: bool = False
-    ) -> list[Reading]:
-        """The readings of one metric; NaN with the reason where it is not available or fails."""
-
-        def read() -> list[Reading]:
-            evidence = gather()
-            return [] if only_gather else readings_from(metric, evidence, layers=self._layers, step=step)
-
-        try:
-            return read()
-        except Unavailable as missing:
-            return [Reading(metric.name, math.nan, step, reason=missing.reason)]
-        except Exception as error:
-            self.failures.note(f"metric {metric.name}", error)
-            return [Reading(metric.name, math.nan, step, reason=f"{type(error).__name__}: {error}")]
-
-
-def _filled(gradients: Sequence[Tensor | None], layout: Weights) -> list[Tensor]:
-    """Zeros in the place of gradients that are None."""
-    return [dense(part, parameter) for part, parameter in zip(gradients, layout.parameters, strict=True)]
-
-
-def _chosen(
-    metrics: str | Metric | Iterable[str | Metric], optimizer: Optimizer | None, loss: Loss | None
-) -> list[Metric]:
-    if isinstance(metrics, str) and metrics in ("default", "all"):
-        chosen = choose_metrics(None, optimizer, costly=metrics == "all")
-        if loss is not None:
-            return chosen
-        # Gradients by the inputs make the first layer's backward pass dearer.
-        return [m for m in chosen if _is_passive(m) and (metrics == "all" or InputGradients not in m.needs)]
-    chosen = choose_metrics(metrics, optimizer)
-    for metric in chosen:
-        if loss is None and not _is_passive(metric):
-            raise ArgumentError("loss", f"be given for `{metric.name}`, which takes passes of its own", None)
-    return chosen
-
-
-def _is_passive(metric: Metric) -> bool:
-    return _PASSIVE.issuperset(metric.needs) and metric.name not in _NOT_PASSIVE

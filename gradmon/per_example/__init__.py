@@ -10,6 +10,6 @@ from gradmon.per_example.collected import PerExampleResult as PerExampleResult
 from gradmon.per_example.cut import Cut as Cut
 from gradmon.per_example.cut import Rule as Rule
 from gradmon.per_example.listener import Listener as Listener
-from gradmon.per_example.recorder import Wanted as Wanted
+from gradmon.per_example.recording import Wanted as Wanted
 from gradmon.per_example.rules import RULES as RULES
 from gradmon.per_example.rules import Rules as Rules

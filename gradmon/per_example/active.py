@@ -20,9 +20,11 @@ from gradmon._objective import Objective
 from gradmon._tensors import length
 from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Entry, Use
-from gradmon.per_example.collected import Group, PerExampleResult
+from gradmon.per_example.collected import PerExampleResult
+from gradmon.per_example.groups import Group
 from gradmon.per_example.look import Seen, Still, find_course
-from gradmon.per_example.recorder import Recorder, Recording, Wanted
+from gradmon.per_example.recorder import Recorder
+from gradmon.per_example.recording import Recording, Wanted
 from gradmon.per_example.rows import Course, Ownership, Rows, Unknown
 from gradmon.per_example.rules import RULES, Rules
 from gradmon.per_example.scratch import Scratch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,22 +13,8 @@ from torch import Tensor
 from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
 from gradmon._tensors import wide
+from gradmon.per_example.groups import Group, owners_of
 from gradmon.per_example.products import Moments
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """The examples of one forward pass.
-
-    Attributes:
-        task: The backward pass that it was part of.
-        number: The how many-th forward pass it was.
-        examples: How many examples.
-    """
-
-    task: int
-    number: int
-    examples: int
 
 
 @dataclass(frozen=True)
@@ -249,7 +235,7 @@ class Collected:
         groups = sorted(self._groups, key=lambda group: group.number)
         if not groups:
             raise Unavailable("no backward pass through the model was seen")
-        owner, examples = _owners(groups, counts, self._reached())
+        owner, examples = owners_of(groups, counts, self._reached())
         weights = self._weights
         matrix: Tensor | None = None
         if gram:
@@ -352,44 +338,6 @@ def _read(scalars: Iterable[Any]) -> list[float]:
 def _held(weights: Weights) -> list[int]:
     """How many coordinates of each parameter are looked at."""
     return weights.sizes if weights.picks is None else [pick.numel() for pick in weights.picks]
-
-
-def _owners(groups: Sequence[Group], counts: Collection[int], reached: Mapping[int, set[int]]) -> tuple[Tensor, int]:
-    """The example of each row of each group, and the number of examples.
-
-    Several forward passes before one backward pass saw the same examples, unless the batch has as many as all of them.
-    Different backward passes saw different examples, unless no parameter was reached by two of them: then one pass was
-    cut into parts.
-
-    Raises:
-        Unavailable: That cannot be: they have different numbers of examples.
-    """
-    tasks = list(dict.fromkeys(group.task for group in groups))
-    positions = [position for task in tasks for position in reached.get(task, ())]
-    cut = len(tasks) > 1 and len(positions) == len(set(positions))
-    together: dict[int, list[Group]] = {}
-    for group in groups:
-        together.setdefault(tasks[0] if cut else group.task, []).append(group)
-    separate = sum(group.examples for group in groups)
-    alike = all(group.examples == same[0].examples for same in together.values() for group in same)
-    paired = sum(same[0].examples for same in together.values())
-    known = {separate, paired, *(group.examples for group in groups)}
-    if counts and not known & set(counts):
-        seen = " + ".join(str(group.examples) for group in groups)
-        raise Unavailable(
-            f"the batch has {next(iter(counts))} examples, but the model was called on {seen}: if its inputs hold the "
-            "examples along another dimension than the first, say so by example_dim"
-        )
-    if separate == paired or (separate in counts and not cut):
-        return torch.arange(separate), separate
-    if not alike:
-        raise Unavailable("forward passes on different numbers of examples before one backward pass")
-    owners, start = dict[Group, Tensor](), 0
-    for same in together.values():
-        for group in same:
-            owners[group] = torch.arange(start, start + group.examples)
-        start += same[0].examples
-    return torch.cat([owners[group] for group in groups]), paired
 
 
 def _square(vector: Tensor) -> Tensor:

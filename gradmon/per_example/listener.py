@@ -22,7 +22,8 @@ from gradmon.per_example.capture import Capture, Entry, quiet_depth
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.courses import Courses
 from gradmon.per_example.hooks import Call, Hook, UnderWay, begun, compiled
-from gradmon.per_example.recorder import Recorder, Recording, Wanted
+from gradmon.per_example.recorder import Recorder
+from gradmon.per_example.recording import Recording, Wanted
 from gradmon.per_example.rows import Course
 
 _CHECKED_EVERY = 100

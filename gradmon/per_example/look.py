@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmon._batches import select_examples
-from gradmon._errors import Unavailable
+from gradmon._errors import GradmonError, Unavailable
 from gradmon._tensors import length, wide
 from gradmon._types import Batch
 from gradmon.per_example.capture import Use
@@ -119,7 +119,7 @@ def find_course(run: Run, batch: Batch, examples: int, dim: int = 0, *, few: boo
     if few and examples > _FEW:
         try:
             course = _looked_at(run, batch, torch.arange(_FEW), dim)
-        except Unavailable:
+        except GradmonError:  # the whole batch is going to say it again, of itself
             course = None
         if course is not None and not any(isinstance(o, Unknown) for use in course.uses for o in use.outputs):
             return course

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,102 +20,20 @@ from gradmon._parameters import Weights
 from gradmon.per_example._autograd import after_backward, packing_hook, running_backward, version
 from gradmon.per_example.calls import Tape
 from gradmon.per_example.capture import Use
-from gradmon.per_example.collected import Collected, Group
+from gradmon.per_example.collected import Collected
 from gradmon.per_example.cut import Cut
 from gradmon.per_example.forms import Dense, Shares, one
+from gradmon.per_example.groups import Group
 from gradmon.per_example.guard import Guard
 from gradmon.per_example.products import coordinates, inner_products, moments
-from gradmon.per_example.rows import Course, Planned
+from gradmon.per_example.recording import Backward, Live, Recording, Wanted, gradient_state
+from gradmon.per_example.rows import Planned
 from gradmon.per_example.rules import Rules
 from gradmon.per_example.scratch import Scratch
 from gradmon.per_example.ways import Ways
 
 _SCRATCH = 1 << 25
 """The most bytes of one intermediate result, if `max_memory` allows it."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be made of the examples' gradients.
-
-    Attributes:
-        gram: Their inner products.
-        moments: Mean and variance of each coordinate over the examples.
-        rows: The looked-at coordinates themselves.
-        example: The whole gradient of one example; None for none.
-        precise: Whether to widen everything to float64 first.
-    """
-
-    gram: bool = True
-    moments: bool = False
-    rows: bool = False
-    example: int | None = None
-    precise: bool = False
-
-
-@dataclass(eq=False)
-class _Live:
-    """A use whose gradient has not arrived yet; held by the hook at its output, and by nothing else."""
-
-    use: Use | None
-    planned: Planned
-    recording: Recording
-    index: int
-    arrived: list[Tensor | None]
-    waiting: int
-    tape: Tape
-    places: list[int]
-    task: int | None = None
-    done: bool = False
-
-
-@dataclass(eq=False)
-class Recording:
-    """One forward pass that is looked into.
-
-    Attributes:
-        recorder: The probe that it belongs to.
-        course: What is expected of it.
-        examples: The number of its examples.
-        number: The how many-th of its probe it is.
-    """
-
-    recorder: Recorder
-    course: Course
-    examples: int
-    number: int = 0
-    tape: Tape | None = None
-    count: int = 0
-
-    def note(self, use: Use) -> None:
-        """Leave a hook at the outputs of a use."""
-        if self.recorder.failure is not None:
-            return
-        index, self.count = self.count, self.count + 1
-        planned = self.course.uses[index] if index < len(self.course.uses) else None
-        if planned is None or not planned.fits(use) or self.tape is None:
-            self.recorder.stray = True
-            self.recorder.fail(f"the forward pass took another course than expected, at `{use.name}`")
-            return
-        self.recorder.expect(self, use, planned, index, self.tape)
-
-    def finish(self) -> None:
-        """The forward pass is over."""
-        if self.count != len(self.course.uses) and self.recorder.failure is None:
-            self.recorder.stray = True
-            self.recorder.fail("the forward pass took another course than expected: it ended early")
-
-
-@dataclass
-class _Backward:
-    """What came of one backward pass so far."""
-
-    task: int
-    remaining: dict[int, int]
-    recordings: list[Recording]
-    alone: bool
-    forms: dict[int, dict[Recording, list[Shares]]] = field(default_factory=dict[int, Any])
-    ended: bool = False
 
 
 class Recorder:
@@ -162,9 +79,9 @@ class Recorder:
         self._rules, self._ways, self._check, self._several = rules, ways, check, several
         self._max_memory, self._single = max_memory, single
         self.scratch = scratch or Scratch(min(_SCRATCH, max_memory // 4) // 4)
-        self._live: list[weakref.ref[_Live]] = []
-        self._late: dict[tuple[str, tuple[Any, ...]], _Live] = {}
-        self._now: _Backward | None = None
+        self._live: list[weakref.ref[Live]] = []
+        self._late: dict[tuple[str, tuple[Any, ...]], Live] = {}
+        self._now: Backward | None = None
         self._group_of: dict[Recording, Group] = {}
         self._kept: dict[int, dict[Group, list[Shares]]] | None = None if single else {}
         self._held = 0
@@ -191,7 +108,7 @@ class Recorder:
         for at, output in enumerate(use.outputs):
             nodes.setdefault(output.grad_fn, []).append((at, output.output_nr))
         late = not self._single and _recomputed() and self._ways.unique(recording.course, planned)
-        live = _Live(use, planned, recording, index, [None] * len(use.outputs), len(nodes), tape, use.places)
+        live = Live(use, planned, recording, index, [None] * len(use.outputs), len(nodes), tape, use.places)
         use.outputs = []
         if late:
             # What is going to be computed once more is not kept meanwhile.
@@ -212,7 +129,7 @@ class Recorder:
             with self.guarded():
                 self._process(live)
 
-    def arrive(self, live: _Live, places: Sequence[tuple[int, int]], gradients: Sequence[Tensor | None]) -> None:
+    def arrive(self, live: Live, places: Sequence[tuple[int, int]], gradients: Sequence[Tensor | None]) -> None:
         """The gradient at some outputs of a use."""
         if self.failure is not None:
             return
@@ -246,12 +163,12 @@ class Recorder:
             for position in (p for positions in live.planned.positions for p in positions):
                 remaining[position] = remaining.get(position, 0) + 1
         recordings = list(dict.fromkeys(live.recording for live in alive))
-        self._now = _Backward(task, remaining, recordings, len(recordings) == 1)
+        self._now = Backward(task, remaining, recordings, len(recordings) == 1)
         after_backward(self._end)
 
     def _compare_gradients(self) -> None:
         """See whether the gradients of the backward passes so far are still there, to be added to."""
-        states = [_state(self.weights.parameters[position], state) for position, state in self._left.items()]
+        states = [gradient_state(self.weights.parameters[position], state) for position, state in self._left.items()]
         if states and all(state == "gone" for state in states):
             self.backwards = 0
             self._left.clear()
@@ -288,7 +205,7 @@ class Recorder:
                 gradient = self.weights.parameters[position].grad
                 self._left[position] = (None, 0) if gradient is None else (weakref.ref(gradient), version(gradient))
 
-    def _process(self, live: _Live) -> None:
+    def _process(self, live: Live) -> None:
         use, now = live.use, self._now
         assert use is not None
         assert now is not None
@@ -434,21 +351,11 @@ class Recorder:
             self.collected.add_products(position, list(forms), product)
 
 
-def _state(parameter: Tensor, left: tuple[weakref.ref[Tensor] | None, int]) -> str:
-    """Whether a gradient is as a backward pass left it, gone (or zero), or something else."""
-    now, (before, count) = parameter.grad, left
-    if now is None:
-        return "gone"
-    if before is not None and before() is now and version(now) == count:
-        return "same"
-    return "changed" if bool(now.any()) else "gone"
-
-
 def _picked(weights: Weights, position: int) -> Tensor | None:
     return None if weights.picks is None else weights.picks[position]
 
 
-def _hook(recorder: Recorder, live: _Live, places: list[tuple[int, int]]) -> Callable[[Any], None]:
+def _hook(recorder: Recorder, live: Live, places: list[tuple[int, int]]) -> Callable[[Any], None]:
     def arrived(gradients: Sequence[Tensor | None]) -> None:
         recorder.arrive(live, places, gradients)
 

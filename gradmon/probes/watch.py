@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gradmon._parameters import trainable
+from gradmon._objective import dense
+from gradmon._parameters import Weights, trainable
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Taken:
 
     values: list[Tensor]
     gradients: list[Tensor | None]
+
+    def filled(self, layout: Weights) -> list[Tensor]:
+        """The gradients with zeros in the place of those that are None."""
+        return [dense(part, parameter) for part, parameter in zip(self.gradients, layout.parameters, strict=True)]
 
 
 class StepWatch:

@@ -9,7 +9,7 @@ import gradmon
 from gradmon import Metric, _plugins
 from gradmon._errors import PluginError
 from gradmon._evidence import BatchGradient
-from gradmon.measure import known_metrics
+from gradmon.options import known_metrics
 from gradmon.sinks import MemorySink
 
 
@@ -89,7 +89,7 @@ def offered(monkeypatch):
         return things[name]
 
     points = {name: EntryPoint(name, f"package:{name}", "gradmon.metrics") for name in ("double", "nothing", "broken")}
-    module = sys.modules["gradmon.measure"]  # `gradmon.measure` itself is the function
+    module = sys.modules["gradmon.options"]
     monkeypatch.setattr(module, "entry_points_named", lambda group: points)
     monkeypatch.setattr(module, "load", load)
 

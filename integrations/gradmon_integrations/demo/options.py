@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from gradmon.measure import known_metrics
+from gradmon.options import known_metrics
 from gradmon_integrations.demo.data import EXAMPLES
 
 _DESCRIPTION = """\

@@ -9,7 +9,7 @@ from rich.console import ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from gradmon.measure import known_metrics
+from gradmon.options import known_metrics
 from gradmon_integrations.demo.history import History
 from gradmon_integrations.demo.runs import Run
 from gradmon_integrations.demo.sparkline import ASCII, BLOCKS, sparkline

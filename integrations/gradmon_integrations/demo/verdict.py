@@ -9,7 +9,7 @@ from statistics import median
 from typing import Literal
 
 from gradmon._reading import Alert
-from gradmon.measure import known_metrics
+from gradmon.options import known_metrics
 from gradmon_integrations.demo.history import History
 from gradmon_integrations.demo.states import limits, metric_of, number, state_of
 

@@ -1,0 +1,286 @@
+"""Per-example rules and forms: each of them by itself, against gradients that were made one example after the other."""
+
+import copy
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import gradmon
+from gradmon import Monitor, every
+from gradmon.per_example import RULES, Experience, Listener, ways
+from gradmon.per_example.convolution import Convolution, Windows
+from gradmon.per_example.forms import Dense, Lazy, Outer, Relocated, chunks, one, taken, total
+from gradmon.per_example.lookup import Lookup
+from gradmon.per_example.products import Moments, coordinates, inner_products, moments
+from gradmon.per_example.scratch import Scratch
+from tests import references, zoo
+from tests.zoo import Net, net, normal
+
+SIZE = 4
+TIGHT = 1e-11
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def close(found, expected, tolerance=TIGHT):
+    """Equal up to rounding, relative to the largest number."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(initial=0), 1e-300))
+
+
+# --- every rule ----------------------------------------------------------------------------------------------------
+
+
+def summed(model, batch):
+    """A loss in which every number of the output counts, each by another weight, so that no gradient is the same."""
+    return (model(*batch[:-1]).flatten(1).sin() * batch[-1]).sum(1).mean()
+
+
+class Call(NamedTuple):
+    """A model that calls one function with its parameters `own`, and the inputs of a batch."""
+
+    model: Net
+    inputs: tuple[Tensor, ...]
+    own: tuple[str, ...]
+
+
+def call(function, *inputs, **parameters):
+    return Call(net(function, **parameters), inputs, tuple(parameters))
+
+
+def image(*sizes):
+    return torch.randn(SIZE, *sizes)
+
+
+def tokens(*sizes):
+    return torch.randint(5, (SIZE, *sizes))
+
+
+def convolved(function, dims, **options):
+    def build():
+        groups = options.get("groups", 1)
+        weight = normal(4, 2 * (2 if groups == 1 else 1), *[3, 2, 1][:dims])
+        if function.__name__.startswith("conv_transpose"):
+            weight = normal(4, 3, *[3, 2, 1][:dims])
+        bias = normal(3 * groups if function.__name__.startswith("conv_transpose") else 4)
+        return call(
+            lambda m, x: function(x, m.weight, m.bias, **options), image(4, *[6, 5, 2][:dims]), weight=weight, bias=bias
+        )
+
+    return build
+
+
+CONVOLUTIONS = [{}, {"stride": 2, "padding": 1}, {"groups": 2, "dilation": 2}, {"stride": 3, "groups": 2, "padding": 1}]
+
+
+def convolutions(function, dims):
+    return [convolved(function, dims, **options) for options in CONVOLUTIONS]
+
+
+def normed(function, *sizes, channels=None, **options):
+    shape = sizes[:1] if channels is None else channels
+    return lambda: call(
+        lambda m, x: function(x, weight=m.weight, bias=m.bias, **options),
+        3 * image(*sizes) + 1,
+        weight=normal(*shape),
+        bias=normal(*shape),
+    )
+
+
+def by_statistics(function, *, training):
+    """Running statistics, which are of no example."""
+
+    def build():
+        made = call(
+            lambda m, x: function(x, m.mean, m.variance, m.weight, m.bias, training),
+            3 * image(3, 4) + 1,
+            weight=normal(3),
+            bias=normal(3),
+        )
+        made.model.register_buffer("mean", torch.randn(3))
+        made.model.register_buffer("variance", torch.rand(3) + 0.5)
+        return made
+
+    return build
+
+
+def entrywise(function, *shape, size=(3, 2)):
+    return lambda: call(lambda m, x: function(x, m.own), image(*size), own=normal(*shape))
+
+
+def in_place(name):
+    return lambda x, p: getattr(x.clone(), name)(p)
+
+
+def left_and_right(function):
+    """A matrix on either side; vectors of the batch are its rows or its columns."""
+    return [
+        lambda: call(lambda m, x: function(x, m.own), image(3), own=normal(3, 2)),
+        lambda: call(lambda m, x: function(m.own, x.T).T, image(3), own=normal(2, 3)),
+    ]
+
+
+CALLS: dict[Any, list[Any]] = {
+    F.linear: [
+        lambda: call(lambda m, x: F.linear(x, m.w, m.b), image(3), w=normal(2, 3), b=normal(2)),
+        lambda: call(lambda m, x: F.linear(x, m.w, m.b), image(5, 3), w=normal(2, 3), b=normal(2)),
+        lambda: call(lambda m, x: F.linear(x, m.w, m.b), image(SIZE, 2, 3), w=normal(2, 3), b=normal(2)),
+        lambda: call(lambda m, x: F.linear(x, m.w), image(12), w=normal(9, 12)),
+        lambda: call(lambda m, x: F.linear(x.transpose(0, 1), m.w, m.b).transpose(0, 1), image(SIZE, 3),
+                     w=normal(2, 3), b=normal(2)),
+    ],
+    torch.matmul: [
+        *left_and_right(torch.matmul),
+        lambda: call(lambda m, x: torch.matmul(x, m.own), image(5, 3), own=normal(3, 2)),
+        lambda: call(lambda m, x: torch.matmul(x, m.own), image(5, 3), own=normal(3)),
+        lambda: call(lambda m, x: torch.matmul(m.own, x), image(3, 5), own=normal(2, 3)),
+    ],
+    torch.mm: left_and_right(torch.mm),
+    torch.bmm: [],
+    Tensor.matmul: left_and_right(Tensor.matmul),
+    Tensor.mm: left_and_right(Tensor.mm),
+    torch.addmm: [
+        lambda: call(lambda m, x: torch.addmm(m.b, x, m.w), image(3), w=normal(3, 2), b=normal(2)),
+        lambda: call(lambda m, x: torch.addmm(x[:, :2], x, m.w), image(3), w=normal(3, 2)),
+    ],
+    Tensor.addmm: [lambda: call(lambda m, x: m.b.addmm(x, m.w), image(3), w=normal(3, 2), b=normal(2))],
+    F.conv1d: convolutions(F.conv1d, 1),
+    F.conv2d: [*convolutions(F.conv2d, 2),
+               lambda: call(lambda m, x: F.conv2d(x, m.w, m.b), image(3, 4, 2), w=normal(2, 3, 1, 1), b=normal(2)),
+               lambda: call(lambda m, x: F.conv2d(x, m.w, m.b, padding="same"), image(3, 4, 4), w=normal(2, 3, 2, 3),
+                            b=normal(2)),
+               lambda: call(lambda m, x: F.conv2d(x, m.w, padding="valid"), image(3, 4, 4), w=normal(2, 3, 2, 3))],
+    F.conv3d: convolutions(F.conv3d, 3),
+    F.conv_transpose1d: convolutions(F.conv_transpose1d, 1),
+    F.conv_transpose2d: convolutions(F.conv_transpose2d, 2),
+    F.conv_transpose3d: convolutions(F.conv_transpose3d, 3),
+    F.embedding: [
+        lambda: call(lambda m, t: F.embedding(t, m.own), tokens(6), own=normal(5, 3)),
+        lambda: call(lambda m, t: F.embedding(t, m.own, padding_idx=2), tokens(2, 3), own=normal(5, 3)),
+        lambda: call(lambda m, t: F.embedding(t, m.own, padding_idx=-1), tokens(2, 3), own=normal(5, 3)),
+        lambda: call(lambda m, t: F.embedding(t, m.own), tokens(), own=normal(5, 3)),
+    ],
+    F.embedding_bag: [
+        lambda: call(lambda m, t: F.embedding_bag(t, m.own), tokens(6), own=normal(5, 3)),
+        lambda: call(lambda m, t: F.embedding_bag(t, m.own, mode="sum", padding_idx=1), tokens(6), own=normal(5, 3)),
+        lambda: call(lambda m, t: F.embedding_bag(t, m.own, padding_idx=-2), tokens(6), own=normal(5, 3)),
+        lambda: call(lambda m, t, a: F.embedding_bag(t, m.own, mode="sum", per_sample_weights=a), tokens(6), image(6),
+                     own=normal(5, 3)),
+    ],
+    F.layer_norm: [normed(F.layer_norm, 3, normalized_shape=(3,)),
+                   normed(F.layer_norm, 5, 3, channels=(3,), normalized_shape=(3,), eps=0.1),
+                   normed(F.layer_norm, 2, 5, 3, channels=(5, 3), normalized_shape=(5, 3))],
+    F.rms_norm: [lambda: call(lambda m, x: F.rms_norm(x, (3,), m.own), image(5, 3), own=normal(3)),
+                 lambda: call(lambda m, x: F.rms_norm(x, (5, 3), m.own, 0.1), image(5, 3), own=normal(5, 3))],
+    F.group_norm: [normed(F.group_norm, 4, num_groups=2), normed(F.group_norm, 4, 3, 2, num_groups=2, eps=0.1)],
+    F.instance_norm: [normed(F.instance_norm, 3, 5, eps=0.1), by_statistics(F.instance_norm, training=False)],
+    F.batch_norm: [by_statistics(F.batch_norm, training=False)],
+    F.prelu: [entrywise(F.prelu, 1), entrywise(F.prelu, 3), entrywise(F.prelu, 3, size=(3,))],
+    torch.add: [entrywise(lambda x, p: torch.add(x, p, alpha=3), 3, 1), entrywise(torch.add, 2)],
+    Tensor.add: [entrywise(lambda x, p: x.add(p, alpha=-2), 3, 2), entrywise(lambda x, p: p.add(x, alpha=2), 1, 2)],
+    Tensor.add_: [entrywise(in_place("add_"), 3, 2), entrywise(in_place("add_"), 1)],
+    torch.sub: [entrywise(lambda x, p: torch.sub(x, p, alpha=3), 3, 1), entrywise(torch.sub, 2)],
+    Tensor.sub: [entrywise(lambda x, p: x.sub(p, alpha=-2), 3, 2), entrywise(lambda x, p: p.sub(x, alpha=2), 1, 2)],
+    Tensor.sub_: [entrywise(in_place("sub_"), 3, 2), entrywise(in_place("sub_"), 1)],
+    torch.mul: [entrywise(torch.mul, 3, 1), entrywise(lambda x, p: torch.mul(p, x), 2)],
+    Tensor.mul: [entrywise(Tensor.mul, 3, 2), entrywise(lambda x, p: p.mul(x), 3, 1)],
+    Tensor.mul_: [entrywise(in_place("mul_"), 3, 2), entrywise(in_place("mul_"), 1)],
+}  # fmt: skip
+"""By function, models that call it in different ways."""
+
+
+def name_of(function):
+    return f"{getattr(function, '__qualname__', function.__name__)}".replace("_VariableFunctionsClass", "torch")
+
+
+KINDS = [(function, build) for function, builds in CALLS.items() for build in builds]
+KIND_IDS = [f"{name_of(function)}-{number}" for function in CALLS for number in range(len(CALLS[function]))]
+
+
+@functools.cache
+def problem_of(build):
+    """The problem, in float64; what all tests of it share is never changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        made = build()
+        model = made.model.double()
+        inputs = tuple(x.double() if x.is_floating_point() else x for x in made.inputs)
+        width = model(*inputs).flatten(1).shape[1]
+        batch = (*inputs, torch.randn(len(inputs[0]), width).double())
+    return zoo.averaged_problem(model, summed, batch), made.own
+
+
+@functools.cache
+def truth(build):
+    return references.shares(problem_of(build)[0])
+
+
+def by_hooks(problem, rules=RULES, **options):
+    """What a listener finds in the training's own pass, and by which ways."""
+    model = copy.deepcopy(problem.model)
+    listener = Listener(model, experience=Experience(rules=rules), **{"moments": True, **options})
+    listener.arm()
+    problem.loss(model, problem.batch).backward()
+    found = listener.collect(problem.batch)
+    listener.disarm()
+    return found, listener.experience.coverage
+
+
+def test_every_rule_is_tried():
+    assert set(RULES) == set(CALLS)
+
+
+@pytest.mark.parametrize(("function", "build"), KINDS, ids=KIND_IDS)
+def test_rule_is_right_and_used(function, build):
+    problem, own = problem_of(build)
+    H = truth(build)
+    arguments = (problem.model, problem.loss, problem.batch)
+    close(gradmon.per_example_gradients(*arguments), H)
+    close(gradmon.per_example_gram(*arguments), references.gram(H))
+    found, coverage = by_hooks(problem)
+    assert {coverage[name] for name in own} == {function.__name__.strip("_")}
+    close(found.gram, references.gram(H))
+    close(found.means, H.mean(0))
+    close(found.variances, H.var(0, ddof=1))
+
+
+@pytest.mark.parametrize("way", ["replay", "repeat"])
+@pytest.mark.parametrize(("function", "build"), KINDS, ids=KIND_IDS)
+def test_without_rules_there_are_two_slow_ways(function, build, way, monkeypatch):
+    if way == "repeat":
+        monkeypatch.setattr(ways, "replay", lambda part: None)
+    problem, own = problem_of(build)
+    H = truth(build)
+    found, coverage = by_hooks(problem, {})
+    assert {coverage[name] for name in own} <= {way, "repeat"}
+    close(found.gram, references.gram(H))
+    close(found.variances, H.var(0, ddof=1))
+    arguments = (problem.model, problem.loss, problem.batch)
+    close(gradmon.per_example_gradients(*arguments, rules={}), H)
+    close(gradmon.per_example_gram(*arguments, rules={}), references.gram(H))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_batch_norm_in_both_modes(training):
+    case = zoo.batch_norm_mlp if training else zoo.batch_norm_eval
+    problem = case.make(0, torch.float64)
+    H = references.shares(problem)
+    found, coverage = by_hooks(problem)
+    norms = {name for name in coverage if problem.model.get_submodule(name.rpartition(".")[0]).__class__.__name__
+             .startswith("BatchNorm")}  # fmt: skip
+    assert norms
+    assert {coverage[name] for name in norms} == {"batch_norm"}
+    close(found.gram, references.gram(H))
