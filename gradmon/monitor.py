@@ -330,7 +330,6 @@ class Monitor:
     def _look(self, scene: Scene, after: list[Tensor]) -> list[Reading]:
         waiting: list[tuple[Metric, list[Any]]] = []
         readings: list[Reading] = []
-        read = self._reader.read
         for metric in self._metrics:
             if StepPair not in metric.needs:
                 readings += self._reader.read(

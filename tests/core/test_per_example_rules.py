@@ -23,6 +23,8 @@ from gradmon.per_example.scratch import Scratch
 from tests import references, zoo
 from tests.zoo import Net, net, normal
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 SIZE = 4
 TIGHT = 1e-11
 
@@ -149,7 +151,11 @@ CALLS: dict[Any, list[Any]] = {
         lambda: call(lambda m, x: torch.matmul(m.own, x), image(3, 5), own=normal(2, 3)),
     ],
     torch.mm: left_and_right(torch.mm),
-    torch.bmm: [],
+    torch.bmm: [
+        lambda: call(lambda m, x: torch.bmm(x.transpose(0, 1), m.own).transpose(0, 1), image(5, 3), own=normal(5, 3, 2)),
+        lambda: call(lambda m, x: torch.bmm(m.own, x.permute(1, 2, 0)).permute(2, 0, 1), image(5, 3),
+                     own=normal(5, 2, 3)),
+    ],
     Tensor.matmul: left_and_right(Tensor.matmul),
     Tensor.mm: left_and_right(Tensor.mm),
     torch.addmm: [
@@ -284,3 +290,391 @@ def test_batch_norm_in_both_modes(training):
     assert norms
     assert {coverage[name] for name in norms} == {"batch_norm"}
     close(found.gram, references.gram(H))
+
+
+# --- the forms of a gradient ---------------------------------------------------------------------------------------
+
+
+def by_autograd(function, shape, left, right):
+    """``d <left_i, function(w, right_i)> / dw`` for each example, summed over its planes, (n, numel)."""
+    rows = []
+    for own_left, own_right in zip(left, right, strict=True):
+        w = torch.zeros(shape, dtype=left.dtype, requires_grad=True)
+        (grad,) = torch.autograd.grad((own_left * function(w, own_right)).sum(), w)
+        rows.append(grad.flatten())
+    return torch.stack(rows)
+
+
+def random(*sizes):
+    return torch.randn(*sizes, dtype=torch.float64)
+
+
+def dense(scratch, *shape, n=5):
+    rows = random(n, *shape)
+    return Dense(rows), rows.flatten(1)
+
+
+def outer(scratch, times, rows, columns, n=5, shape=None):
+    left, right = random(n, times, rows), random(n, times, columns)
+    return Outer(left, right, scratch, shape), torch.einsum("nti,ntj->nij", left, right).flatten(1)
+
+
+def looked_up(scratch, size, length, width, n=5):
+    ids, flow = torch.randint(size, (n, length)), random(n, length, width)
+    rows = torch.zeros(n, size, width, dtype=torch.float64)
+    for i, t in itertools.product(range(n), range(length)):
+        rows[i, ids[i, t]] += flow[i, t]
+    return Lookup(ids, flow, size, scratch), rows.flatten(1)
+
+
+def lazy(scratch, *shape, n=5):
+    rows = random(n, math.prod(shape))
+    return Lazy(lambda examples: rows[examples].clone(), n, torch.Size(shape), scratch, [rows]), rows
+
+
+def relocated(scratch, make, shape, *sizes, **options):
+    """Another form, its numbers scattered over a larger tensor."""
+    inner, rows = make(scratch, *sizes, **options)
+    places = torch.randperm(math.prod(shape))[: rows.shape[1]]
+    found = torch.zeros(len(rows), math.prod(shape), dtype=torch.float64)
+    found[:, places] = rows
+    return Relocated(inner, places, torch.Size(shape), scratch), found
+
+
+def convolution(scratch, kernel, stride, before, dilation, groups, *, planes=1, n=5, channels=(4, 6)):
+    dims = len(kernel)
+    sizes = (7, 6, 5)[:dims]
+    function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    shape = (channels[0], channels[1] // groups, *kernel)
+    right = random(n, planes, channels[1], *sizes)
+
+    def convolved(w, x):
+        return function(x, w, None, stride, before, dilation, groups)
+
+    positions = convolved(torch.zeros(shape, dtype=torch.float64), right[0]).shape[2:]
+    left = random(n, planes, channels[0], *positions)
+    form = Convolution(left, right, Windows(kernel, stride, before, dilation, groups), scratch)
+    return form, by_autograd(convolved, shape, left, right)
+
+
+FORMS = {
+    "dense": (dense, 4, 3),
+    "dense, a vector": (dense, 7),
+    "dense, a number": (dense,),
+    "outer, light": (outer, 1, 6, 7),
+    "outer, light, small": (outer, 1, 2, 3),
+    "outer": (outer, 3, 6, 7),
+    "outer, many times": (outer, 40, 3, 5),
+    "outer that ends in ones": (functools.partial(outer, shape=torch.Size((4, 5, 1, 1))), 2, 4, 5),
+    "look-up": (looked_up, 6, 9, 3),
+    "look-up of many": (looked_up, 100, 4, 3),
+    "look-up of one": (looked_up, 1, 4, 3),
+    "lazy": (lazy, 6, 2, 3),
+    "lazy, a number": (lazy,),
+    "relocated, dense": (relocated, dense, (5, 6), 4, 3),
+    "relocated, outer": (relocated, outer, (9, 8), 1, 6, 7),
+    "relocated, outer over time": (relocated, outer, (8, 9), 3, 7, 6),
+    "relocated, transposed": (relocated, outer, (7, 6), 3, 6, 7),
+    "relocated, look-up": (relocated, looked_up, (30,), 6, 9, 3),
+    "convolution": (convolution, (3, 2), (1, 1), (0, 0), (1, 1), 1),
+    "convolution in planes": (functools.partial(convolution, planes=3), (3, 2), (1, 1), (1, 1), (1, 1), 1),
+    "convolution, strided": (convolution, (3, 2), (2, 3), (2, 1), (1, 1), 1),
+    "convolution, dilated": (convolution, (2, 3), (1, 1), (1, 0), (3, 2), 1),
+    "convolution, in groups": (convolution, (3, 2), (2, 1), (1, 1), (1, 2), 2),
+    "convolution, each channel": (functools.partial(convolution, channels=(6, 6)), (2, 2), (1, 1), (0, 1), (1, 1), 6),
+    "convolution, one dimension": (convolution, (3,), (2,), (1,), (2,), 2),
+    "convolution, three dimensions": (convolution, (2, 1, 3), (1, 2, 2), (1, 0, 1), (1, 1, 2), 1),
+}
+NUMBERS = pytest.mark.parametrize("budget", [0, 1, 7, 30, 100, 10**6])
+EVERY_FORM = pytest.mark.parametrize("name", FORMS)
+
+
+def made(name, budget=10**6):
+    """A form, and its matrix, (n, numel)."""
+    function, *arguments = FORMS[name]
+    return function(Scratch(budget), *arguments)
+
+
+def height(form):
+    return form.shape[0] if form.shape else 1
+
+
+def some_slices(length):
+    bounds = sorted(set(torch.randint(length + 1, (4,)).tolist()) | {0, length})
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+@EVERY_FORM
+def test_form_says_what_it_is(name):
+    form, rows = made(name)
+    assert form.examples == len(rows)
+    assert math.prod(form.shape) == rows.shape[1]
+    assert all(isinstance(tensor, Tensor) for tensor in form.kept)
+    assert form.kept
+
+
+@EVERY_FORM
+def test_blocks_of_a_form(name):
+    form, rows = made(name)
+    matrix = rows.reshape(len(rows), height(form), -1)
+    for examples, part in itertools.product(some_slices(len(rows)), some_slices(height(form))):
+        expected = matrix[examples, part].flatten(1)
+        close(form.block(examples, part), expected)
+        close(form.block(examples, part, ordered=True), expected)
+    for part in some_slices(height(form)):
+        unordered = form.block(slice(0, len(rows)), part, ordered=False)
+        expected = matrix[:, part].flatten(1)
+        close(unordered @ unordered.T, expected @ expected.T)
+        close(unordered.sort(1).values, expected.sort(1).values)
+
+
+@EVERY_FORM
+def test_unordered_blocks_have_the_same_order_for_all_examples(name):
+    form, _ = made(name)
+    together = form.block(slice(0, form.examples), slice(0, height(form)), ordered=False).clone()
+    for i in range(form.examples):
+        close(form.block(slice(i, i + 1), slice(0, height(form)), ordered=False)[0], together[i])
+
+
+@EVERY_FORM
+@NUMBERS
+def test_coordinates_of_a_form(name, budget):
+    form, rows = made(name, budget)
+    numel = rows.shape[1]
+    for count in sorted({1, numel // 10, numel // 5, numel // 3, numel - 1, numel} - {0}):
+        index = torch.randperm(numel)[:count].sort().values
+        for _ in range(2):  # what is remembered of an index must not be spoilt by its use
+            close(form.take(index), rows[:, index])
+        close(form.scaled(-3.0).take(index), -3 * rows[:, index])
+        close(taken(form, index, budget), rows[:, index])
+    for index in (torch.tensor([0]), torch.tensor([numel - 1]), torch.arange(0, numel, 2)):
+        close(form.take(index), rows[:, index])
+
+
+def test_both_ways_to_coordinates_are_taken(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Scratch, "pattern", lambda self, *args, real=Scratch.pattern: asked.append(1) or real(self, *args))
+    for name in ("outer", "convolution"):
+        form, rows = made(name)
+        for count, sparse in ((3, True), (rows.shape[1] // 2, False)):
+            asked.clear()
+            form.take(torch.arange(count))
+            assert bool(asked) == sparse
+
+
+@EVERY_FORM
+@NUMBERS
+def test_inner_products_of_a_form(name, budget):
+    form, rows = made(name, budget)
+    G = rows @ rows.T
+    short = form.gram()
+    if short is not None:
+        close(short, G)
+    if (scaled := form.scaled(0.5).gram()) is not None:
+        close(scaled, G / 4)
+    close(inner_products([[form]], budget), G)
+
+
+@pytest.mark.parametrize("name", ["outer, light", "outer, many times", "look-up", "relocated, outer"])
+def test_some_forms_know_a_shorter_way_to_their_inner_products(name):
+    assert (made(name)[0].gram() is None) == (name == "outer, many times")
+
+
+def test_bias_takes_the_inner_products_that_its_matrix_has_made():
+    form, _ = made("outer, light")
+    bias = Dense(form.left[:, 0], form.left_products)
+    close(bias.gram(), form.left[:, 0] @ form.left[:, 0].T)
+    assert bias.scaled(2.0).gram() is None  # those that were made are no longer right
+
+
+@EVERY_FORM
+def test_scaled_form(name):
+    form, rows = made(name)
+    close(form.scaled(0.25).block(slice(0, len(rows)), slice(0, height(form))), rows / 4)
+    close(form.block(slice(0, len(rows)), slice(0, height(form))), rows)
+    assert form.scaled(0.25).shape == form.shape
+
+
+@EVERY_FORM
+@NUMBERS
+def test_totals_and_chunks_of_a_form(name, budget):
+    form, rows = made(name, budget)
+    close(total(form, budget), rows.sum(0).reshape(form.shape))
+    for i in range(len(rows)):
+        close(one(form, i), rows[i].reshape(form.shape))
+    seen = torch.zeros(len(rows), height(form), dtype=torch.int64)
+    for examples, part in chunks([form], budget):
+        seen[examples, part] += 1
+        numbers = (examples.stop - examples.start) * (part.stop - part.start) * (rows.shape[1] // height(form))
+        least = rows.shape[1] if not form.sliceable else len(rows) * rows.shape[1] // height(form)
+        assert numbers <= max(budget, least)
+        assert numbers > 0
+    assert (seen == 1).all()
+
+
+# --- products of several forms -------------------------------------------------------------------------------------
+
+MATRICES = {
+    "outer": lambda s, n: outer(s, 3, 6, 4, n=n),
+    "outer, light": lambda s, n: outer(s, 1, 6, 4, n=n),
+    "dense": lambda s, n: dense(s, 6, 4, n=n),
+    "look-up": lambda s, n: looked_up(s, 6, 5, 4, n=n),
+    "lazy": lambda s, n: lazy(s, 6, 4, n=n),
+    "transposed": lambda s, n: relocated(s, outer, (6, 4), 2, 4, 6, n=n),
+    "part": lambda s, n: relocated(s, dense, (6, 4), 2, 4, n=n),
+}
+"""Forms of a parameter of shape (6, 4)."""
+USES = [[name] for name in MATRICES] + [list(pair) for pair in itertools.combinations(MATRICES, 2)]
+USES += [["outer", "outer", "outer, light"], ["outer", "look-up", "lazy", "part"], ["part", "part"], ["lazy", "lazy"]]
+
+
+def used(names, scratch, n):
+    """The forms of several uses of a parameter, and the sum of their gradients."""
+    pairs = [MATRICES[name](scratch, n) for name in names]
+    return [form for form, _ in pairs], sum(rows for _, rows in pairs)
+
+
+@pytest.mark.parametrize("budget", [0, 1, 30, 10**6])
+@pytest.mark.parametrize("names", USES, ids=" + ".join)
+def test_inner_products_of_several_uses_and_groups(names, budget):
+    for sizes in ((5,), (5, 1), (2, 3, 4)):
+        scratch = Scratch(budget)
+        groups = [used(names, scratch, n) for n in sizes]
+        rows = torch.cat([rows for _, rows in groups])
+        close(inner_products([forms for forms, _ in groups], budget), rows @ rows.T)
+
+
+@pytest.mark.parametrize("names", USES, ids=" + ".join)
+def test_coordinates_of_several_uses(names):
+    forms, rows = used(names, Scratch(30), 5)
+    for count in (2, 15):
+        index = torch.randperm(24)[:count].sort().values
+        close(coordinates(forms, index), rows[:, index])
+
+
+def halves(scratch, n):
+    """A parameter of which two uses saw different rows."""
+    parts = [outer(scratch, 2, 3, 4, n=n), dense(scratch, 3, 4, n=n)]
+    forms = [Relocated(form, torch.arange(12) + 12 * k, torch.Size((6, 4)), scratch) for k, (form, _) in enumerate(parts)]
+    return forms, torch.cat([rows for _, rows in parts], 1)
+
+
+@pytest.mark.parametrize("budget", [0, 30, 10**6])
+def test_uses_that_saw_different_parts_of_a_parameter(budget):
+    scratch = Scratch(budget)
+    groups = [halves(scratch, n) for n in (3, 2)]
+    close(inner_products([groups[0][0]], budget), groups[0][1] @ groups[0][1].T)
+    rows = torch.cat([rows for _, rows in groups])
+    close(inner_products([forms for forms, _ in groups], budget), rows @ rows.T)
+    close(coordinates(groups[0][0], torch.arange(0, 24, 5)), groups[0][1][:, ::5])
+
+
+SCALES = [2.0**power for power in (-100, -60, -20, 0, 20, 60, 100)]
+
+
+def narrow(form, scale):
+    """A form in float32, scaled."""
+    kinds = {
+        Dense: lambda f: Dense(f.rows.float() * scale),
+        Outer: lambda f: Outer(f.left.float() * scale, f.right.float(), Scratch(30), f.shape),
+        Relocated: lambda f: Relocated(narrow(f.inner, scale), f.places, f.shape, Scratch(30)),
+    }
+    return kinds[type(form)](form)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("names", [["outer"], ["outer, light"], ["dense"], ["outer", "dense"], ["transposed", "part"]],
+                         ids=" + ".join)  # fmt: skip
+def test_scale_does_not_matter_to_inner_products(names, scale):
+    for sizes in ((5,), (3, 2)):
+        groups = [used(names, Scratch(30), n) for n in sizes]
+        rows = torch.cat([rows for _, rows in groups])
+        found = inner_products([[narrow(form, scale) for form in forms] for forms, _ in groups], 30)
+        close(found.double() / scale / scale, rows @ rows.T, 1e-5)
+
+
+# --- means and variances -------------------------------------------------------------------------------------------
+
+
+def assert_moments(found, rows, tolerance=TIGHT, scale=1.0):
+    """Means and sums of squared deviations, each coordinate by itself."""
+    assert found.count == len(rows)
+    means = rows.mean(0)
+    squares = (rows - means).square().sum(0)
+    np.testing.assert_allclose(found.means.double() / scale, means, rtol=tolerance, atol=tolerance * rows.abs().max())
+    np.testing.assert_allclose(found.squares.double() / scale / scale, squares, rtol=tolerance,
+                               atol=(tolerance * rows.abs().max()) ** 2 * len(rows))  # fmt: skip
+
+
+@EVERY_FORM
+@NUMBERS
+def test_moments_of_a_form(name, budget):
+    form, rows = made(name, budget)
+    assert_moments(moments([form], None, budget), rows, 1e-9)
+    for index in (torch.arange(0, rows.shape[1], 3), torch.arange(rows.shape[1])):
+        assert_moments(moments([form], index, budget), rows[:, index], 1e-9)
+
+
+@pytest.mark.parametrize("budget", [0, 30, 10**6])
+@pytest.mark.parametrize("names", USES, ids=" + ".join)
+def test_moments_of_several_uses(names, budget):
+    forms, rows = used(names, Scratch(budget), 5)
+    assert_moments(moments(forms, None, budget), rows, 1e-9)
+    index = torch.arange(1, 24, 4)
+    assert_moments(moments(forms, index, budget), rows[:, index], 1e-9)
+
+
+@pytest.mark.parametrize("way", ["all", "some"])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", ["outer", "outer, light", "dense"])
+def test_scale_does_not_matter_to_moments(name, scale, way):
+    form, rows = MATRICES[name](Scratch(10**6), 5)
+    index = None if way == "all" else torch.arange(0, 24, 2)
+    found = moments([narrow(form, scale)], index, 10**6)
+    assert_moments(found, rows if index is None else rows[:, index], 1e-5, scale)
+
+
+@pytest.mark.parametrize("way", ["all", "some"])
+@pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**60])
+@pytest.mark.parametrize("spread", [1.0, 1e-1, 1e-2, 1e-3, 0.0])
+def test_moments_of_coordinates_that_are_nearly_constant(spread, scale, way):
+    """In float32: the variance of what hardly varies keeps the digits that the numbers themselves have."""
+    n = 64
+    left = (1 + spread * random(n, 1, 8)).float() * scale
+    right = (1 + spread * random(n, 1, 8)).float()
+    right[:, :, :4] = random(n, 1, 4).float()  # some vary whatever the spread is
+    rows = (left[:, 0, :, None].double() / scale * right[:, 0, None, :].double()).flatten(1)
+    index = None if way == "all" else torch.arange(0, 64, 3)
+    found = moments([Outer(left, right, Scratch(10**6))], index, 10**6)
+    expected = rows if index is None else rows[:, index]
+    squares = (expected - expected.mean(0)).square().sum(0)
+    error = (found.squares.double() / scale / scale - squares).abs()
+    size = expected.square().sum(0)
+    rounding = torch.finfo(torch.float32).eps
+    # A number is off by its rounding error, its deviation by as much: (d + r)^2 - d^2 is about 2 d r.
+    assert (error <= 1e-3 * squares + 8 * rounding * (size * squares).sqrt() + 16 * rounding**2 * size).all()
+    np.testing.assert_allclose(found.means.double() / scale, expected.mean(0), rtol=1e-5, atol=1e-5)
+    assert (found.squares >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", SCALES)
+def test_moments_of_two_groups_are_those_of_both_together(scale, dtype):
+    rows = random(20, 6) + torch.tensor([0, 1, -3, 10, 100, 0.01], dtype=torch.float64)
+    rows[:7, 0] = 0.0
+    rows[7:, 1] = 0.0
+    parts = (rows * scale).to(dtype)
+    for cut in (1, 7, 19):
+        joined = Moments.of(parts[:cut]).with_(Moments.of(parts[cut:]))
+        assert_moments(joined, rows, 1e-4 if dtype == torch.float32 else 1e-10, scale)
+    parts = functools.reduce(Moments.with_, (Moments.of(part) for part in parts.split(3)))
+    assert_moments(parts, rows, 1e-4 if dtype == torch.float32 else 1e-10, scale)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_moments_of_two_groups_far_apart(scale):
+    """Each group alone is within the range of float32, also where its squares are; their distance's square is not."""
+    rows = torch.cat([1 + 1e-3 * random(4, 3), -1 + 1e-3 * random(4, 3)])
+    parts = (rows * scale).float()
+    joined = Moments.of(parts[:4]).with_(Moments.of(parts[4:]))
+    assert_moments(joined, rows, 1e-4, scale)
