@@ -167,7 +167,7 @@ class Listener:
         """Take all hooks off, and let everything go."""
         self._detach()
         self._interrupt()
-        self._recorder = None
+        self._recorder = self.experience.scratch = None
 
     def _interrupt(self) -> None:
         """End what an interrupt has left: it ends a forward pass without any hook being told."""

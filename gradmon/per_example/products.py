@@ -157,9 +157,9 @@ class Moments:
     def with_(self, other: Moments) -> Moments:
         """Those of both groups of examples together (Chan, Golub & LeVeque 1983, eq. 2.1)."""
         count = self.count + other.count
-        gap = other.means - self.means
-        means = self.means + gap * (other.count / count)
-        squares = self.squares + other.squares + gap.square() * (self.count * other.count / count)
+        gap = wide(other.means) - wide(self.means)
+        means = wide(self.means) + gap * (other.count / count)
+        squares = wide(self.squares) + wide(other.squares) + gap.square() * (self.count * other.count / count)
         return Moments(count, means, squares)
 
 

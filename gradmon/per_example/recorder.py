@@ -332,7 +332,7 @@ class Recorder:
         with self.guarded():
             if self._now is not None and not self._now.ended:
                 raise Unavailable("the backward pass did not finish")
-            if self.backwards > 1 and self.wanted.gram:
+            if self.wanted.gram and (self.backwards > 1 or self._several):
                 self._across()
         if self.failure is not None:
             raise Unavailable(self.failure)

@@ -11,9 +11,12 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 import gradmon
+from gradmon.per_example import Listener
+from tests import references
 
 TIGHT = 1e-9
 CLASSES = 3
+LISTENED = 100
 VOCABULARY = 7
 SIDE = 3
 LEAST = 0.9
@@ -288,7 +291,7 @@ def make_token_loss(size, length):
         logits = model(batch[0][i : i + 1])[0]
         return F.cross_entropy(logits, batch[1][i], ignore_index=-100, reduction="sum") / count
 
-    return loss, term, targets, "mean"
+    return loss, term, targets, "mean", False
 
 
 def make_loss(draw, size):
@@ -315,7 +318,7 @@ def make_loss(draw, size):
         value = loss(model, (batch[0][i : i + 1], batch[1][i : i + 1])).sum()
         return value if kind in ("sum", "values_sum") else value / size
 
-    return loss, term, targets, "sum" if kind == "values_sum" else "mean"
+    return loss, term, targets, "sum" if kind == "values_sum" else "mean", kind == "penalty"
 
 
 class Made(NamedTuple):
@@ -327,6 +330,7 @@ class Made(NamedTuple):
     batch: Any
     reduction: str
     interacting: bool
+    penalised: bool
     text: str
 
 
@@ -352,14 +356,14 @@ def problems(draw):
         if draw(st.booleans()):
             blocks.append(Activation(draw(st.sampled_from(ACTIVATIONS))))
     if shape == "sequence" and draw(st.booleans()):
-        loss, term, targets, reduction = make_token_loss(size, length)
+        loss, term, targets, reduction, penalised = make_token_loss(size, length)
         names.append("token mean")
     else:
         pooling, name = make_pooling(draw, shape)
         blocks.append(pooling)
         names.append(name)
         width *= {"sequence": length, "image": SIDE**2}[shape] if name == "flat" else 1
-        loss, term, targets, reduction = make_loss(draw, size)
+        loss, term, targets, reduction, penalised = make_loss(draw, size)
     head = nn.Linear(width, CLASSES)
     model = nn.Sequential(*blocks, head).double()
     zero = draw(st.integers(0, 7)) == 0
@@ -370,7 +374,8 @@ def problems(draw):
             parameter.zero_()
     interacting = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training for m in model.modules())
     batch = (inputs.double() if inputs.is_floating_point() else inputs, targets)
-    return Made(model, loss, term, batch, reduction, interacting, ", ".join([*names, "zero head" if zero else "head"]))
+    text = ", ".join([*names, "zero head" if zero else "head"])
+    return Made(model, loss, term, batch, reduction, interacting, penalised, text)
 
 
 def by_loop(made):
@@ -411,6 +416,70 @@ def test_generated_models():
     assert len(tried) > 100
     assert all(refused.values())
     assert len(refused) <= (1 - LEAST) * len(tried), refused
+
+
+def from_the_training(made, mask):
+    """What is seen of the model's own pass."""
+    listener = Listener(made.model, gram=True, moments=True, mask=mask)
+    listener.arm()
+    try:
+        value = made.loss(made.model, made.batch)
+        (value.sum() if made.reduction == "sum" else value.mean()).backward()
+        return listener.collect(made.batch)
+    finally:
+        listener.disarm()
+
+
+def assert_seen(found, made, H, h, mask):
+    """Inner products, means and variances are those of the examples' own gradients `H`, whose mean is `h`."""
+    kept, factors = slice(None), torch.ones(len(h), dtype=torch.float64)
+    if mask is not None:
+        kept = mask.sample(made.model)
+        factors = torch.from_numpy(references.coordinate_weights(made.model, kept.numpy()))
+    H, h = H[:, kept], h[kept]
+    scale = max(float(H.abs().max()), float(h.abs().max()))
+    G = (H * factors) @ H.T
+    torch.testing.assert_close(found.gram, G, rtol=TIGHT, atol=TIGHT * scale**2 * float(factors.sum()))
+    torch.testing.assert_close(found.means, h, rtol=TIGHT, atol=TIGHT * scale)
+    assert found.variances.isnan().all() or len(H) > 1
+    if len(H) > 1:
+        torch.testing.assert_close(found.variances, H.var(0), rtol=TIGHT, atol=TIGHT * scale**2)
+
+
+def test_generated_models_that_are_listened_to():
+    """The same architectures in a training's own pass: the same numbers, or none."""
+    tried, refused, outside = [], {}, {}
+
+    @hypothesis.settings(derandomize=True, max_examples=LISTENED, deadline=None, database=None)
+    @hypothesis.given(problems(), st.sampled_from([None, 0.3]))
+    def check(made, fraction):
+        hypothesis.assume(not (made.interacting and len(made.batch[0]) == 1))
+        mask = None if fraction is None else gradmon.Mask(fraction, 5)
+        twin = copy.deepcopy(made.model)
+        h = gradmon.batch_gradient(twin, made.loss, made.batch, reduction=made.reduction)
+        try:
+            found = from_the_training(made, mask)
+        except gradmon.Unavailable as missing:
+            (outside if made.penalised else refused)[made.text] = missing.reason
+            return
+        assert not made.penalised  # what is added outside of the model belongs to no example's rows
+        tried.append(made.text)
+        if made.interacting:
+            try:
+                H = gradmon.per_example_gradients(twin, made.loss, made.batch, reduction=made.reduction)
+            except gradmon.Unavailable:
+                torch.testing.assert_close(found.means, h if mask is None else h[mask.sample(made.model)])
+                return
+        else:
+            H = by_loop(made._replace(model=twin))
+        assert_seen(found, made, H, h, mask)
+
+    with torch.random.fork_rng(devices=[]):
+        check()
+    assert len(tried) > LISTENED // 2
+    assert outside
+    assert all(refused.values())
+    assert len(refused) <= (1 - LEAST) * (len(tried) + len(refused)), refused
 
 
 # --- what no generator would come upon -----------------------------------------------------------------------------
@@ -467,7 +536,7 @@ def test_rows_that_prove_nothing(name, size):
     def term(model, batch, i):
         return loss(model, (batch[0][i : i + 1], batch[1][i : i + 1])) / size
 
-    made = Made(model, loss, term, batch, "mean", False, name)
+    made = Made(model, loss, term, batch, "mean", False, False, name)
     try:
         H = gradmon.per_example_gradients(model, loss, batch)
     except gradmon.Unavailable:

@@ -400,7 +400,7 @@ def test_without_an_optimizer():
 
 
 def over_examples(H, *, kept=None, sampled=None, factors=None, parts=SIZE):
-    """The numbers over examples of the shares `H`: inner products over the coordinates `kept`, ratios over `sampled`."""
+    """The numbers of the shares `H`: inner products over the coordinates `kept`, ratios over `sampled`."""
     seen = H if kept is None else H[:, kept]
     return {
         "gradient_rank": references.gradient_rank(seen, H.shape[1], factors),
