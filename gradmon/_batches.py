@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -28,6 +29,11 @@ def map_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
         if type(cast(object, tree)) is dict or not hasattr(cast(object, tree), "__setitem__"):
             return items
         twin = copy.copy(cast(Any, tree))
+        if not isinstance(tree, (dict, UserDict)):  # a copy of it may share what it holds
+            try:
+                return type(cast(Any, tree))(items)
+            except TypeError:
+                return items
         for key, value in items.items():
             twin[key] = value
         return twin

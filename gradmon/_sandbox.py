@@ -5,14 +5,28 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradmon._snapshot import ModuleState, RandomState
+
+
+class _Quiet(threading.local):
+    depth = 0
+
+
+QUIET = _Quiet()
+"""Whether a pass of our own runs in this thread."""
+
+
+def quiet_depth() -> int:
+    """How many passes of our own there are around, in this thread: nobody listens to those from outside."""
+    return QUIET.depth
 
 
 class Sandbox:
@@ -53,13 +67,16 @@ class Sandbox:
             self._found = RandomState()
             self._modules = ModuleState([self.model, *self._others])
             stack.callback(self._restore)
+            QUIET.depth += 1
+            stack.callback(_loud)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for kind in {parameter.device.type for parameter in self._everything} | {"cpu"}:
                 if torch.amp.is_autocast_available(kind):
                     stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             stack.enter_context(full_precision())
-            stack.enter_context(unpacked())
+            if packing_hook() is not None:
+                stack.enter_context(unpacked())
             stack.enter_context(_without_cache())
             if "torch._dynamo" in sys.modules:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -121,13 +138,23 @@ class Sandbox:
                 parameter.data = data
 
 
+def _loud() -> None:
+    QUIET.depth -= 1
+
+
 def unpacked() -> contextlib.AbstractContextManager[Any]:
     """A context in which tensors are saved as they are, also inside a checkpointed part, which counts its own."""
     return torch.autograd.graph.saved_tensors_hooks(_same, _same)
 
 
 def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return tensor.detach()  # else what a function saves of its own result would keep it alive
+
+
+def packing_hook() -> Any:
+    """What packs tensors here when they are saved for the backward pass; None if they are saved as they are."""
+    hooks = cast("Any", torch._C)._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 @contextlib.contextmanager

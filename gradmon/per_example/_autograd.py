@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +23,6 @@ def after_backward(call: Callable[[], None]) -> None:
     """Have something called at the end of the backward pass that runs."""
     engine: Any = torch.autograd.Variable._execution_engine
     engine.queue_callback(call)
-
-
-def packing_hook() -> Any:
-    """What packs tensors here when they are saved for the backward pass; None if they are saved as they are."""
-    hooks = cast("Any", torch._C)._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
 
 
 def here(above: int = 0) -> FrameType | None:

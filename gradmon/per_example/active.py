@@ -44,8 +44,6 @@ class Experience:
         coverage: By which way each parameter was covered last.
         probes: How many probes there have been.
         several: Whether the last one saw several backward passes.
-        rows: How many numbers arrived at the outputs of uses in the last one.
-        doubt: Whether the last one did not add up, so that the next has to be looked at closely.
         scratch: Memory for intermediate results.
     """
 
@@ -56,8 +54,6 @@ class Experience:
     coverage: dict[str, str] = field(default_factory=dict[str, str])
     probes: int = 0
     several: bool = False
-    rows: int = 0
-    doubt: bool = False
     scratch: Scratch | None = None
 
 

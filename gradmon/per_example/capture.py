@@ -10,7 +10,6 @@ been built anyway.
 from __future__ import annotations
 
 import functools
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from gradmon._batches import map_tensors, tensors
+from gradmon._sandbox import quiet_depth
 from gradmon.per_example._autograd import version
 from gradmon.per_example.calls import Surroundings, Tape, in_place, name_of, results
 
@@ -33,31 +33,13 @@ _CONSTANT = ("new_", "zeros_like", "ones_like", "empty_like", "full_like", "rand
 _ADDITIVE = frozenset({"add", "add_", "sub", "sub_", "rsub", "__rsub__"})
 """Calls through which a parameter passes unchanged, up to its sign: a penalty added to a loss."""
 _LOOK_UPS = (functional.embedding, functional.embedding_bag)
+_RAGGED = frozenset({"masked_select", "nonzero", "argwhere", "unique", "unique_consecutive", "repeat_interleave",
+                     "_pack_padded_sequence", "pack_padded_sequence", "_pad_packed_sequence"})  # fmt: skip
+"""Calls whose results have as many rows as the contents of their arguments say."""
+_COUNTING = frozenset({"item", "tolist", "__int__", "__index__", "numpy"})
+"""Calls that turn the contents of a tensor into numbers."""
 _COMPOSITE: tuple[Callable[..., Any], ...] = (functional.multi_head_attention_forward,)
 """Functions that are looked into, because their parameters' uses are calls of simpler ones."""
-
-
-class _Quiet(threading.local):
-    depth = 0
-
-
-QUIET = _Quiet()
-"""Whether a pass of our own runs in this thread."""
-
-
-class quietly:  # noqa: N801 - used as a function
-    """A context for passes of our own: no capture that was begun outside, in this thread, sees them."""
-
-    def __enter__(self) -> None:
-        QUIET.depth += 1
-
-    def __exit__(self, *error: object) -> None:
-        QUIET.depth -= 1
-
-
-def quiet_depth() -> int:
-    """How many such contexts there are around."""
-    return QUIET.depth
 
 
 @dataclass(eq=False)
@@ -78,6 +60,7 @@ class Use:
         made: The tensors behind the sources that are no parameters.
         origins: The positions in the batch of the tensors that went into it.
         around: What it takes to make the call again.
+        ragged: Whether the number of its rows may depend on the contents of the batch.
     """
 
     func: Callable[..., Any]
@@ -93,6 +76,7 @@ class Use:
     made: list[Tensor]
     origins: frozenset[int]
     around: Surroundings
+    ragged: bool = False
 
     @property
     def name(self) -> str:
@@ -143,7 +127,8 @@ class Capture(TorchFunctionMode):
         parameters: The trainable parameters.
         inputs: The tensors of the batch, in its order.
         note: Told of every use, right after its call.
-        examples: The number of examples of the batch.
+        examples: The number of examples of the batch; 0 where it is not known.
+        dim: The dimension of its tensors that holds them, or else the first.
         entry: Where x enters, if that is wanted.
         delta: What is added to x, of its shape; None for nothing.
         first: Whether to tell of a use before its call is made, because it may never return.
@@ -153,6 +138,7 @@ class Capture(TorchFunctionMode):
     inputs: Sequence[Tensor]
     note: Callable[[Use], None]
     examples: int = 0
+    dim: int = 0
     entry: Entry | None = None
     delta: Tensor | None = None
     first: bool = False
@@ -168,8 +154,31 @@ class Capture(TorchFunctionMode):
         self._whole: tuple[nn.Module, Use | None] | None = None
         # Weak, so that no activation lives longer than it would otherwise.
         self._made_of_batch: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
+        self._ragged: dict[int, weakref.ref[Tensor]] = {}
+        self._counted = False
         for position, tensor in enumerate(self.inputs):
-            self._mark(tensor, frozenset({position}))
+            if self._has_examples(tensor):
+                self._mark(tensor, frozenset({position}))
+
+    def _has_examples(self, tensor: Tensor) -> bool:
+        """Whether a tensor of the batch can hold rows of examples: positions, say, are the same for all of them."""
+        sizes = {tensor.shape[d] for d in (0, self.dim) if d < tensor.ndim}
+        return self.examples < 2 or any(size % self.examples == 0 for size in sizes)
+
+    def _is_ragged(self, name: str, args: tuple[Any, ...], given: Sequence[Tensor]) -> bool:
+        """Whether a call's results may have other numbers of rows for other contents of the batch."""
+        if name in _COUNTING and any(self._origins(tensor) is not None for tensor in given):
+            self._counted = True  # from here on a number of the batch may be the size of anything
+        picked = name in ("__getitem__", "index") and any(
+            t.dtype in (torch.bool, torch.uint8) for argument in args[1:] for t in tensors(argument)
+        )
+        return (
+            self._counted
+            or picked
+            or name in _RAGGED
+            or (name == "where" and len(args) == 1)
+            or any((held := self._ragged.get(id(t))) is not None and held() is t for t in given)
+        )
 
     def _mark(self, tensor: Tensor, origins: frozenset[int]) -> None:
         self._made_of_batch[id(tensor)] = (weakref.ref(tensor), origins)
@@ -223,8 +232,9 @@ class Capture(TorchFunctionMode):
         if func in _LOOK_UPS and made and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
             # Positions that are laid out for every example are not of the batch, but have its rows.
             active = active or args[0].shape[0] == self.examples
+        ragged = self._is_ragged(name, args, given)
         if made and active:
-            result = self._use(func, name, args, kwargs, made, origins)
+            result = self._use(func, name, args, kwargs, made, origins, ragged)
         elif made:
             result = self.tape.record(func, name, args, kwargs)
         else:
@@ -232,6 +242,8 @@ class Capture(TorchFunctionMode):
         if active:
             for tensor in results(name, args, result):
                 self._mark(tensor, origins)
+                if ragged:
+                    self._ragged[id(tensor)] = weakref.ref(tensor)
         if func in _LOOK_UPS and args and isinstance(args[0], Tensor):
             looked = self._origins(args[0])
             if looked is not None:
@@ -246,8 +258,10 @@ class Capture(TorchFunctionMode):
         kwargs: dict[str, Any],
         made: list[Tensor],
         origins: frozenset[int],
+        ragged: bool,
     ) -> Any:
         use = self._begun(func, args, kwargs, made, origins)
+        use.ragged = ragged
         if self.first:
             self.note(use)
             return func(*args, **kwargs)
@@ -329,7 +343,9 @@ class Capture(TorchFunctionMode):
     def enter(self, x: Tensor, origins: frozenset[int] = frozenset()) -> Tensor:
         """Take x as the examples' inputs: add `delta`, and remember it, so that its gradient can be had."""
         if not x.requires_grad:
-            x = x.detach().requires_grad_().clone()  # not a leaf, so that the model may overwrite it
+            x = x.detach().requires_grad_()
+        if x.is_leaf:
+            x = x.clone()  # not a leaf, so that the model may overwrite it
         if self.delta is not None:
             x = x + self.delta
         self._mark(x, origins)

@@ -42,21 +42,16 @@ class PerExampleResult:
     resolution: float
 
 
-_NOTHING = (torch.zeros(()), torch.zeros(()), torch.zeros(()))
-"""In the place of sizes that are not compared."""
-
-
 class Collected:
     """What has been found so far, by parameter and group of examples, at the scale of the gradients that arrived.
 
     Args:
         weights: The layout of `w`, and the coordinates that are looked at.
         sampled: The same for moments.
-        sums: Whether the sum of the examples' gradients is compared with the gradient of each parameter.
     """
 
-    def __init__(self, weights: Weights, sampled: Weights, *, sums: bool = True) -> None:
-        self._weights, self._sampled, self._compared = weights, sampled, sums
+    def __init__(self, weights: Weights, sampled: Weights) -> None:
+        self._weights, self._sampled = weights, sampled
         self._groups: dict[Group, None] = {}
         self._products: dict[tuple[Group, Group], Tensor] = {}
         self._rows: dict[int, dict[Group, Tensor]] = {}
@@ -109,7 +104,7 @@ class Collected:
                     self._products[a, b] = wide(block) * factor
                 else:
                     total.add_(block, alpha=factor)
-                if a.task == b.task and self._compared:
+                if a.task == b.task:
                     size, trace = block.sum(), block.trace() if a is b else block.new_zeros(())
                     before = self._sent.get((position, a.task))
                     self._sent[position, a.task] = (
@@ -156,17 +151,12 @@ class Collected:
         return ((position, task) for position, tasks in self._made.items() for task in tasks)
 
     def _sum(self, position: int, task: int, total: Tensor) -> None:
-        if not self._compared:
-            return
         before = self._sums.get((position, task))
         self._sums[position, task] = total if before is None else before + total
 
     def add_gradient(self, position: int, task: int, gradient: Tensor) -> None:
         """Note what a parameter was sent as a whole by one backward pass."""
         self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
-        if not self._compared:
-            self._received[position, task] = _NOTHING
-            return
         flat = gradient.reshape(-1)
         size = _square(flat)
         parts = [
@@ -189,8 +179,6 @@ class Collected:
         for position, task in {*self._reached_by_rows()}:
             if (position, task) not in self._received:
                 raise Unavailable(f"`{self._weights.names[position]}` was sent no gradient")
-        if not self._compared:
-            return
         flat = _read([size for _, sizes in received for size in sizes])
         table = [flat[at : at + 3] for at in range(0, len(flat), 3)]
         everything = sum(size for size, _, _ in table)

@@ -14,7 +14,7 @@ from gradmon._parameters import Weights
 from gradmon._sandbox import Sandbox
 from gradmon._types import Batch
 from gradmon.per_example.active import Experience, entry_of, without_zeros
-from gradmon.per_example.capture import Capture, Entry, Use, quietly
+from gradmon.per_example.capture import Capture, Entry, Use
 from gradmon.per_example.hooks import begun
 from gradmon.per_example.look import Seen, Still, find_course
 from gradmon.per_example.rows import Course
@@ -50,10 +50,9 @@ class Courses:
         entry: Entry | None = entries.get((key, "entry"))
         if key not in entries:
             try:
-                with quietly():
-                    entry = self._find_entry(weights, module, batch) if self._inputs else None
-                    few = key not in self._strays
-                    entries[key] = self._look(weights, module, batch, examples, entry, few=few)
+                entry = self._find_entry(weights, module, batch) if self._inputs else None
+                few = key not in self._strays
+                entries[key] = self._look(weights, module, batch, examples, entry, few=few)
                 entries[key, "entry"] = entry
             except Unavailable as missing:
                 self._refused[key] = missing.reason
@@ -89,7 +88,11 @@ class Courses:
                 args, kwargs = _copied(batch)
                 inputs = list(tensors((args, kwargs)))
                 count = example_count((args, kwargs), self._dim)
-                capture = Capture(weights.parameters, inputs, lambda use: tell(Seen.of(use)), count, entry=entry)
+
+                def note(use: Use) -> None:
+                    tell(Seen.of(use))
+
+                capture = Capture(weights.parameters, inputs, note, count, self._dim, entry)
                 if entry is not None and entry.position is not None:
                     given = inputs[entry.position]
                     x = capture.enter(given, frozenset({entry.position}))

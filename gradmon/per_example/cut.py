@@ -138,6 +138,12 @@ class Cut:
         Raises:
             Unavailable: There are such, or the shares of one and the same penalty meet other outputs.
         """
+        if self.use.ragged and self.examples > 1:
+            held = [*zip(self.planned.outputs, self.arrived, strict=True),
+                    *zip(self.planned.activations, self.use.activations, strict=True)]  # fmt: skip
+            for owner, tensor in held:
+                if isinstance(owner, Rows) and tensor is not None and tensor.shape[owner.dim] != self.examples:
+                    raise Unavailable(f"the number of rows of `{self.use.name}` depends on what the batch holds")
         owners = [o for o, flow in zip(self.planned.outputs, self.arrived, strict=True) if flow is not None]
         for owner, flow in zip(self.planned.outputs, self.arrived, strict=True):
             if isinstance(owner, Unknown) and flow is not None and bool(flow.any()):

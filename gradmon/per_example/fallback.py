@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +49,9 @@ def replay(part: Cut) -> Sequence[Shares | Tensor | None] | None:
         def outputs(*parameters: Tensor) -> tuple[Tensor, ...]:
             return use.again({**moved, **{id(s): p for s, p in zip(use.sources, parameters, strict=True)}})
 
-        pull: Callable[[Any], tuple[Tensor, ...]] = torch.func.vjp(outputs, *use.sources)[1]
+        pull: Callable[[Any], tuple[Tensor, ...]] = torch.func.vjp(
+            outputs, *(source.clone() for source in use.sources)
+        )[1]
         return pull(tuple(flowing))
 
     every: Any = torch.func.vmap(one, in_dims=(along, 0))
@@ -88,7 +91,8 @@ class Repeated:
         self._part = part
         use = part.use
         self._lost: Tensor | None = None
-        self._sources = [source.detach().requires_grad_() for source in use.sources]
+        # Copies, because an embedding with a maximal norm overwrites its table.
+        self._sources = [source.detach().clone().requires_grad_() for source in use.sources]
         replaced = {id(s): leaf for s, leaf in zip(use.sources, self._sources, strict=True)}
         for tensor, before in zip(use.activations, use.versions, strict=True):
             # A copy, because running statistics are overwritten by the call, and in plain order, because some kernels
@@ -106,6 +110,38 @@ class Repeated:
             raise
         except Exception as error:
             raise Unavailable(f"`{use.name}` cannot be called again: {type(error).__name__}: {error}") from error
+
+    def own_flows(self) -> list[Tensor | None]:
+        """What arrived at each output from elsewhere than from the call's other outputs.
+
+        Where one output is made of another, as h of c in an LSTM cell, what arrives at the latter holds what came by
+        the former, which would be counted twice.
+        """
+        arrived = list(self._part.arrived)
+        waiting = [at for at, flow in enumerate(arrived) if flow is not None]
+        above: dict[int, set[int]] = {at: set() for at in waiting}
+        for a in waiting:
+            for b in waiting:
+                grad: Any = torch.autograd.grad
+                if a != b and self._outputs[a].grad_fn is not None:
+                    seed = torch.ones_like(self._outputs[a])
+                    if (
+                        grad(self._outputs[a], self._outputs[b], seed, retain_graph=True, allow_unused=True)[0]
+                        is not None
+                    ):
+                        above[b].add(a)
+        done: list[int] = []
+        while waiting:
+            at = next(at for at in waiting if above[at] <= set(done))
+            waiting.remove(at)
+            flow = arrived[at]
+            if above[at] and flow is not None:
+                outputs = [self._outputs[a] for a in above[at]]
+                seeds = [part for a in above[at] if (part := arrived[a]) is not None]
+                through = torch.autograd.grad(outputs, self._outputs[at], seeds, retain_graph=True)[0]
+                arrived[at] = flow - through
+            done.append(at)
+        return arrived
 
     def share(self, example: int | None) -> list[Tensor]:
         """The gradients that one example sends back, or all together for None; one tensor for each parameter."""
@@ -146,6 +182,13 @@ class Repeated:
 
         kept = [flow for flow in self._part.arrived if flow is not None]
         return _forms(self._part, made, [*kept, *self._part.use.activations])
+
+
+def whole_flows(part: Cut) -> Cut:
+    """The use with what arrived at each output only once."""
+    if sum(flow is not None for flow in part.arrived) < 2:
+        return part
+    return replace(part, arrived=Repeated(part).own_flows())
 
 
 def chained(

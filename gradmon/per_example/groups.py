@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,19 +20,28 @@ class Group:
         task: The backward pass that it was part of.
         number: The how many-th forward pass it was.
         examples: How many examples.
+        source: What it was called with: the first tensor, and how often that had been overwritten.
     """
 
     task: int
     number: int
     examples: int
+    source: tuple[weakref.ref[Tensor], int] | None = None
+
+    def same_input(self, other: Group) -> bool:
+        """Whether two passes were called with one and the same tensor, and so saw the same examples."""
+        if self.source is None or other.source is None:
+            return False
+        held = self.source[0]()
+        return held is not None and held is other.source[0]() and self.source[1] == other.source[1]
 
 
 def owners_of(groups: Sequence[Group], counts: Collection[int], reached: Mapping[int, set[int]]) -> tuple[Tensor, int]:
     """The example of each row of each group, and the number of examples.
 
     Several forward passes before one backward pass saw the same examples, unless the batch has as many as all of them.
-    Different backward passes saw different examples, unless no parameter was reached by two of them: then one pass was
-    cut into parts.
+    Different backward passes saw different examples, unless they were called with one and the same tensor, or no
+    parameter was reached by two of them: then one pass was cut into parts.
 
     Raises:
         Unavailable: That cannot be: they have different numbers of examples.
@@ -39,6 +49,7 @@ def owners_of(groups: Sequence[Group], counts: Collection[int], reached: Mapping
     tasks = list(dict.fromkeys(group.task for group in groups))
     positions = [position for task in tasks for position in reached.get(task, ())]
     cut = len(tasks) > 1 and len(positions) == len(set(positions))
+    cut = cut or (len(tasks) > 1 and all(group.same_input(groups[0]) for group in groups))
     together: dict[int, list[Group]] = {}
     for group in groups:
         together.setdefault(tasks[0] if cut else group.task, []).append(group)

@@ -9,9 +9,7 @@ from types import TracebackType
 import torch
 
 from gradmon._errors import Unavailable
-from gradmon._sandbox import full_precision, unpacked
-from gradmon.per_example._autograd import packing_hook
-from gradmon.per_example.capture import QUIET
+from gradmon._sandbox import QUIET, full_precision, packing_hook, unpacked
 
 
 class Guard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -14,11 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from gradmon._batches import example_count, map_tensors, tensors
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._parameters import Weights, unwrapped
+from gradmon._sandbox import quiet_depth
 from gradmon._types import Batch
 from gradmon.masks import Mask
 from gradmon.per_example._autograd import here, running_backward, version
 from gradmon.per_example.active import Experience, by_example
-from gradmon.per_example.capture import Capture, Entry, quiet_depth
+from gradmon.per_example.capture import Capture, Entry
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.courses import Courses
 from gradmon.per_example.hooks import Call, Hook, UnderWay, begun, compiled
@@ -28,8 +30,6 @@ from gradmon.per_example.rows import Course
 
 _CHECKED_EVERY = 100
 """Every how many-th probe is compared with the slowest way."""
-_SUMMED_EVERY = 10
-"""Every how many-th probe is compared with the batch gradient, if that would cost too much for each of them."""
 
 
 class Listener:
@@ -82,6 +82,9 @@ class Listener:
         self._dim, self._dim_given = example_dim or 0, example_dim is not None
         self.experience = experience or Experience()
         self._known = Courses(self._model, self._dim, inputs, inner, self.experience)
+        self._ambiguous: list[Tensor] = []
+        self._courses: list[tuple[Any, Course, Entry | None]] = []
+        self._entered: dict[Recording, Course] = {}
         self._handles: list[RemovableHandle] = []
         self._hooked: list[int] = []
         self._local = UnderWay()
@@ -111,16 +114,9 @@ class Listener:
             max_memory=experience.max_memory,
             scratch=experience.scratch,
             several=experience.several,
-            # Where fewer numbers arrive than there are weights, reading all of their gradients would show.
-            sums=check
-            or experience.doubt
-            or experience.rows >= weights.total
-            or experience.probes % _SUMMED_EVERY == 0,
         )
         experience.scratch = recorder.scratch
-        self._ambiguous: list[Tensor] = []
-        self._courses: list[tuple[Any, Course, Entry | None]] = []
-        self._entered: dict[Recording, Course] = {}
+        self._ambiguous, self._courses, self._entered = [], [], {}
         reason = compiled(self._model)
         if reason is not None:
             recorder.fail(reason)
@@ -168,6 +164,7 @@ class Listener:
         self._detach()
         self._interrupt()
         self._recorder = self.experience.scratch = None
+        self._ambiguous, self._courses, self._entered = [], [], {}
 
     def _interrupt(self) -> None:
         """End what an interrupt has left: it ends a forward pass without any hook being told."""
@@ -201,7 +198,6 @@ class Listener:
                 "no forward pass of the model was seen (a compiled one cannot be seen: give the monitor the loss, "
                 "so that it takes passes of its own)"
             )
-        experience.rows, experience.doubt = recorder.rows, True
         collected = recorder.finish()
         experience.coverage = collected.coverage()
         if [id(p) for p in self._model.parameters() if p.requires_grad] != (self._laid[0] if self._laid else None):
@@ -209,7 +205,6 @@ class Listener:
         self._settle(batch)
         found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
         self._known.confirm()
-        experience.doubt = False
         return found
 
     def input_gradients(self) -> Tensor:
@@ -313,13 +308,18 @@ class Listener:
         first = next(t for t in tensors(batch) if t.ndim > 0)
         if not self._dim_given and first.ndim > 1 and first.shape[0] == first.shape[1] > 1:
             self._ambiguous.append(first.detach().clone())
-        recording = Recording(recorder, course, examples, number=len(self._courses))
+        source = weakref.ref(first), version(first)
+        recording = Recording(recorder, course, examples, number=len(self._courses), source=source)
         self._entered[recording] = course
         replaced: list[tuple[Tensor, Tensor, int]] = []
         inputs = list(tensors(batch))
-        capture = Capture(recorder.weights.parameters, inputs, recording.note, examples, entry=entry)
+        capture = Capture(recorder.weights.parameters, inputs, recording.note, examples, self._dim, entry)
         recording.tape = capture.tape
         capture.entered = lambda x: recorder.enter(recording, x)
+        if entry is not None and entry.position is not None:
+            given = inputs[entry.position]
+            if not any(given is held for held in (*args, *kwargs.values())):
+                entry = None  # inside of a container that belongs to the caller
         if entry is not None and entry.position is not None:
             given = inputs[entry.position]
             x = capture.enter(given, frozenset({entry.position}))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
-from gradmon.per_example._autograd import after_backward, packing_hook, running_backward, version
+from gradmon._sandbox import packing_hook
+from gradmon.per_example._autograd import after_backward, running_backward, version
 from gradmon.per_example.calls import Tape
 from gradmon.per_example.capture import Use
 from gradmon.per_example.collected import Collected
@@ -27,7 +28,7 @@ from gradmon.per_example.groups import Group
 from gradmon.per_example.guard import Guard
 from gradmon.per_example.products import coordinates, inner_products, moments
 from gradmon.per_example.recording import Backward, Live, Recording, Wanted, gradient_state
-from gradmon.per_example.rows import Planned
+from gradmon.per_example.rows import Changed, Planned
 from gradmon.per_example.rules import Rules
 from gradmon.per_example.scratch import Scratch
 from gradmon.per_example.ways import Ways
@@ -50,7 +51,6 @@ class Recorder:
         scratch: Memory for intermediate results, kept from probe to probe; None for new.
         several: Whether several backward passes are expected, whose gradients add up.
         single: Whether there can be only one.
-        sums: Whether the sum of the examples' gradients is compared with the gradient of each parameter.
     """
 
     def __init__(
@@ -66,7 +66,6 @@ class Recorder:
         scratch: Scratch | None = None,
         several: bool = False,
         single: bool = False,
-        sums: bool = True,
     ) -> None:
         self.weights, self.wanted = weights, wanted
         self._sampled = weights if sampled is None else sampled
@@ -77,23 +76,24 @@ class Recorder:
         self.backwards = 0
         self._kinds = sorted({"cpu", weights.device.type})
         self._rules, self._ways, self._check, self._several = rules, ways, check, several
-        self._max_memory, self._single = max_memory, single
+        self._max_memory, self.single = max_memory, single
         self.scratch = scratch or Scratch(min(_SCRATCH, max_memory // 4) // 4)
         self._live: list[weakref.ref[Live]] = []
         self._late: dict[tuple[str, tuple[Any, ...]], Live] = {}
         self._now: Backward | None = None
         self._group_of: dict[Recording, Group] = {}
         self._kept: dict[int, dict[Group, list[Shares]]] | None = None if single else {}
+        self._versions: list[tuple[Tensor, int]] = []
         self._held = 0
         self._x: list[tuple[Recording, int, Tensor]] = []
-        self.collected = Collected(weights, self._sampled, sums=sums)
-        self.rows = 0
+        self.collected = Collected(weights, self._sampled)
 
     def fail(self, reason: str) -> None:
         """Give up: no number of this probe can be trusted."""
         if self.failure is None:
             self.failure = reason
         self._kept = None
+        self._versions.clear()
         self._late.clear()
         if self._now is not None:
             self._now.forms.clear()
@@ -107,10 +107,12 @@ class Recorder:
         nodes: dict[Any, list[tuple[int, int]]] = {}
         for at, output in enumerate(use.outputs):
             nodes.setdefault(output.grad_fn, []).append((at, output.output_nr))
-        late = not self._single and _recomputed() and self._ways.unique(recording.course, planned)
+        late = not self.single and _recomputed() and self._ways.unique(recording.course, planned)
         live = Live(use, planned, recording, index, [None] * len(use.outputs), len(nodes), tape, use.places)
         use.outputs = []
-        if late:
+        if late and (use.name, tuple(use.positions)) in self._late:
+            self.fail("a checkpointed part ran twice before one backward pass")
+        elif late:
             # What is going to be computed once more is not kept meanwhile.
             live.use = None
             self._late[use.name, tuple(use.positions)] = live
@@ -162,7 +164,7 @@ class Recorder:
         for live in alive:
             for position in (p for positions in live.planned.positions for p in positions):
                 remaining[position] = remaining.get(position, 0) + 1
-        recordings = list(dict.fromkeys(live.recording for live in alive))
+        recordings = list(dict.fromkeys(live.recording for live in alive if live.recording is not None))
         self._now = Backward(task, remaining, recordings, len(recordings) == 1)
         after_backward(self._end)
 
@@ -170,19 +172,26 @@ class Recorder:
         """See whether the gradients of the backward passes so far are still there, to be added to."""
         states = [gradient_state(self.weights.parameters[position], state) for position, state in self._left.items()]
         if states and all(state == "gone" for state in states):
-            self.backwards = 0
-            self._left.clear()
-            self._group_of.clear()
-            self._held = 0
-            self._kept = None if self._kept is None else {}
-            self.collected.clear()
+            self._begin_anew()
         elif any(state != "same" for state in states):
             raise Unavailable("gradients were changed between two backward passes of one step")
+
+    def _begin_anew(self) -> None:
+        """Forget the backward passes so far: their gradients were thrown away, or reached no parameter."""
+        self.backwards = 0
+        self._left.clear()
+        self._group_of.clear()
+        self._held = 0
+        self._versions.clear()
+        self._kept = None if self._kept is None else {}
+        self.collected.clear()
 
     def _group(self, recording: Recording) -> Group:
         if recording not in self._group_of:
             assert self._now is not None
-            self._group_of[recording] = group = Group(self._now.task, recording.number, recording.examples)
+            self._group_of[recording] = group = Group(
+                self._now.task, recording.number, recording.examples, recording.source
+            )
             self.collected.join(group)
         return self._group_of[recording]
 
@@ -199,6 +208,11 @@ class Recorder:
             for position in list(self._now.forms):
                 self._conclude(position)
             self._now.ended = True
+            if not self.single and not self.collected.received(self._now.task):
+                if self.backwards:
+                    raise Unavailable("a backward pass reached no parameter")
+                self._begin_anew()
+                return
             self.backwards += 1
             self.closed = self.closing
             for position in self.collected.received(self._now.task):
@@ -210,14 +224,18 @@ class Recorder:
         assert use is not None
         assert now is not None
         recording = live.recording
+        assert recording is not None
         self._group(recording)
         coarsest = torch.float64 if self.wanted.precise and self.weights.device.type != "mps" else torch.float32
         part = Cut(use, live.planned, live.arrived, recording.examples, self.scratch, coarsest)
-        part.check()
         self.collected.noted(live.arrived, coarsest)
-        self.rows += sum(flow.numel() for flow in live.arrived if flow is not None)
-        forms, way = self._ways.forms(part, self._rules, (recording.course, live.index), check=self._check)
-        live.done, live.use, live.arrived = True, None, []
+        try:
+            part.check()
+            forms, way = self._ways.forms(part, self._rules, (recording.course, live.index), check=self._check)
+        except Changed:
+            self.stray = True
+            raise
+        live.done, live.use, live.arrived, live.recording = True, None, [], None
         for key, positions, form in zip(use.keys, live.planned.positions, forms, strict=True):
             for position, shares in self._ways.to_parameters(part, live.tape, key, positions, form, self.weights):
                 now.forms.setdefault(position, {}).setdefault(recording, []).append(shares)
@@ -274,6 +292,7 @@ class Recorder:
         # Where one backward pass is all there has ever been, little is kept for the case that there are several.
         if self._held > (self._max_memory if self._several else self._max_memory // 8):
             self._kept = None
+            self._versions.clear()
             self._held = 0
             if self._several:
                 raise Unavailable(
@@ -282,6 +301,8 @@ class Recorder:
                 )
             return
         self._kept.setdefault(position, {}).update(forms)
+        for shares in forms.values():
+            self._versions += [(t, version(t)) for form in shares for t in form.kept]
 
     def gradient(self, position: int, gradient: Tensor, task: int | None = None) -> None:
         """The gradient that a parameter was sent, for comparison.
@@ -309,15 +330,19 @@ class Recorder:
 
     def enter(self, recording: Recording, x: Tensor) -> None:
         """Wait for the gradient at the examples' inputs."""
-        number = x.output_nr
+        number, held = x.output_nr, weakref.ref(recording)
 
         def arrived(gradients: Sequence[Tensor | None]) -> None:
-            gradient = gradients[number]
-            if self.failure is None and gradient is not None:
-                self._x.append((recording, running_backward() or 0, gradient))
+            gradient, now = gradients[number], held()
+            if gradient is not None and now is not None and now.recorder.failure is None:
+                now.recorder.note_input(now, gradient)
 
         node: Any = x.grad_fn
         node.register_prehook(arrived)
+
+    def note_input(self, recording: Recording, gradient: Tensor) -> None:
+        """The gradient at the examples' inputs has arrived."""
+        self._x.append((recording, running_backward() or 0, gradient))
 
     def inputs(self) -> list[tuple[Recording, int, Tensor]]:
         """The gradients that arrived at the examples' inputs, with the passes, forward and backward, they belong to."""
@@ -345,6 +370,8 @@ class Recorder:
                 f"several backward passes in one step, and what they leave takes more than max_memory, "
                 f"{self._max_memory} bytes: allow for more, or look at some coordinates only (mask)"
             )
+        if any(version(tensor) != before for tensor, before in self._versions):
+            raise Unavailable("what one backward pass left was overwritten before the next: a buffer is used again")
         self.collected.clear_products()
         for position, forms in self._kept.items():
             product = inner_products(list(forms.values()), self.scratch.budget)
@@ -356,8 +383,13 @@ def _picked(weights: Weights, position: int) -> Tensor | None:
 
 
 def _hook(recorder: Recorder, live: Live, places: list[tuple[int, int]]) -> Callable[[Any], None]:
+    # A graph may outlive its step, and must not keep what was found there.
+    held = weakref.ref(recorder)
+
     def arrived(gradients: Sequence[Tensor | None]) -> None:
-        recorder.arrive(live, places, gradients)
+        now = held()
+        if now is not None:
+            now.arrive(live, places, gradients)
 
     return arrived
 

@@ -25,6 +25,10 @@ class Receiver(Protocol):
         """Give up."""
         ...
 
+    def note_input(self, recording: Recording, gradient: Tensor) -> None:
+        """The gradient at the examples' inputs has arrived."""
+        ...
+
     def expect(self, recording: Recording, use: Use, planned: Planned, index: int, tape: Tape) -> None:
         """Wait for the gradient at the outputs of a use."""
         ...
@@ -55,7 +59,7 @@ class Live:
 
     use: Use | None
     planned: Planned
-    recording: Recording
+    recording: Recording | None
     index: int
     arrived: list[Tensor | None]
     waiting: int
@@ -74,12 +78,14 @@ class Recording:
         course: What is expected of it.
         examples: The number of its examples.
         number: The how many-th of its probe it is.
+        source: The first tensor that the model was called with, and its version.
     """
 
     recorder: Receiver
     course: Course
     examples: int
     number: int = 0
+    source: tuple[weakref.ref[Tensor], int] | None = None
     tape: Tape | None = None
     count: int = 0
 

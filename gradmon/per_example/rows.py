@@ -11,6 +11,10 @@ from gradmon._errors import Unavailable
 from gradmon.per_example.capture import Use
 
 
+class Changed(Unavailable):
+    """The rows are not what they were when they were looked at."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The rows of a tensor by example.
@@ -29,7 +33,7 @@ class Rows:
         """The rows of each example, (B, ...), the dimension `dim` with the rows of one; a view where that can be.
 
         Raises:
-            Unavailable: It has not as many rows for every example.
+            Changed: It has not as many rows for every example.
         """
         if examples == 1:
             return tensor.unsqueeze(0)
@@ -57,7 +61,7 @@ class Rows:
         elif inner == 1 and outer > 1:
             outer = count
         if rest or inner * outer != count:
-            raise Unavailable("the rows cannot be divided among the examples as before")
+            raise Changed("the rows cannot be divided among the examples as before")
         shape = (*tensor.shape[: self.dim], outer, examples, inner, *tensor.shape[self.dim + 1 :])
         return tensor.view(shape)
 
@@ -103,7 +107,7 @@ class Planned:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Course:
     """What a forward pass does with the parameters, use by use, and whose rows are whose.
 

@@ -18,7 +18,6 @@ RULES: dict[Callable[..., Any] | type[nn.Module], Rule] = {
     functional.linear: linear.linear,
     torch.matmul: linear.matmul,
     torch.mm: linear.matmul,
-    torch.bmm: linear.matmul,
     Tensor.matmul: linear.matmul,
     Tensor.mm: linear.matmul,
     torch.addmm: linear.addmm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -27,8 +28,8 @@ class Scratch:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._patterns: dict[int, tuple[Tensor, torch.dtype, Tensor]] = {}
-        self._places: dict[int, tuple[Tensor, Tensor]] = {}
+        self._patterns: dict[int, tuple[weakref.ref[Tensor], torch.dtype, Tensor]] = {}
+        self._places: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._held: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def get(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class Scratch:
     def pattern(self, index: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A sparse matrix, (rows, columns), with entries at some flat indices, those of a row together."""
         held = self._patterns.get(id(index))
-        if held is not None and held[0] is index and held[1] == dtype:
+        if held is not None and held[0]() is index and held[1] == dtype:
             return held[2]
         starts = torch.arange(rows + 1, device=index.device) * columns
         with warnings.catch_warnings():
@@ -53,12 +54,17 @@ class Scratch:
                 torch.zeros(index.numel(), dtype=dtype, device=index.device),
                 size=(rows, columns),
             )
-        self._patterns[id(index)] = index, dtype, made
+        self._patterns[id(index)] = self._watched(self._patterns, index), dtype, made
         return made
+
+    def _watched(self, table: dict[int, Any], index: Tensor) -> weakref.ref[Tensor]:
+        """A reference to an index, with which its entry goes."""
+        key = id(index)
+        return weakref.ref(index, lambda _: table.pop(key, None))
 
     def places(self, index: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """Where some coordinates lie in another order of the columns, worked out once."""
         held = self._places.get(id(index))
-        if held is None or held[0] is not index:
-            held = self._places[id(index)] = index, make()
+        if held is None or held[0]() is not index:
+            held = self._places[id(index)] = self._watched(self._places, index), make()
         return held[1]

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
 from gradmon._tensors import length, wide
 from gradmon.per_example.calls import Tape
 from gradmon.per_example.cut import Cut, Rule, as_forms
-from gradmon.per_example.fallback import Repeated, chained, replay
+from gradmon.per_example.fallback import Repeated, chained, replay, whole_flows
 from gradmon.per_example.forms import Relocated, Shares, one, total
 from gradmon.per_example.rows import Course, Planned, Rows
 from gradmon.per_example.rules import Rules
-
-_MISSES = (RuntimeError, ValueError, TypeError, AssertionError, LookupError, ArithmeticError, Unavailable)
-"""What a rule may raise where it does not know a call; vmap does not know every function."""
 
 
 class Ways:
     """The ways that were found and compared with the slowest, by course and use; kept from probe to probe."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[int, int], tuple[Course, str]] = {}
+        self._known: weakref.WeakKeyDictionary[Course, dict[int, str]] = weakref.WeakKeyDictionary()
 
     def unique(self, course: Course, planned: Planned) -> bool:
         """Whether a use can be told from all others of its course by its function and parameters."""
@@ -45,12 +42,13 @@ class Ways:
             Unavailable: There is no way.
         """
         course, index = place
-        key = (id(course), index)
-        known = self._known.get(key)
+        names = self._known.setdefault(course, {})
+        known = names.get(index)
+        part = whole_flows(part)
         ladder = self._ladder(part, rules)
         if known is not None and not check:
             for name, rule in ladder:
-                if name == known[1] and (forms := _tried(rule, part)) is not None:
+                if name == known and (forms := _tried(rule, part)) is not None:
                     return forms, name
         repeated = Repeated(part)
         example = _busiest(part)
@@ -58,14 +56,17 @@ class Ways:
         for name, rule in ladder:
             forms = _tried(rule, part)
             if forms is not None and _agree(forms, example, alone, together, part):
-                self._known[key] = course, name
+                if all(length(single) > 0 for single in alone):  # nothing is proved by zeros
+                    names[index] = name
                 return forms, name
-        self._known[key] = course, "repeat"
+        names[index] = "repeat"
         return repeated.forms(), "repeat"
 
     def _ladder(self, part: Cut, rules: Rules) -> list[tuple[str, Rule]]:
         func = part.use.func
         rule = rules.get(type(func) if isinstance(func, nn.Module) else func)
+        if any(t.is_complex() for t in (*part.use.sources, *part.use.activations)):
+            rule = None
         ladder: list[tuple[str, Rule]] = [] if rule is None else [(part.use.name.strip("_"), rule)]
         return [*ladder, ("replay", replay), ("repeat", lambda part: Repeated(part).forms())]
 
@@ -116,7 +117,7 @@ def _tried(rule: Rule, part: Cut) -> list[Shares] | None:
         return None if found is None else as_forms(found, part)
     except torch.OutOfMemoryError:
         raise
-    except _MISSES:
+    except Exception:  # a rule may not know a call, and vmap does not know every function
         return None
 
 
@@ -142,6 +143,6 @@ def _agree(forms: Sequence[Shares], example: int, alone: list[Tensor], together:
                     return False
     except torch.OutOfMemoryError:
         raise
-    except _MISSES:
+    except Exception:
         return False
     return True
