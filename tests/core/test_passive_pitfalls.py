@@ -170,7 +170,7 @@ def test_input_buffer_that_is_used_again():
         if count == 1:
             np.testing.assert_allclose(listener.collect().gram, rows @ rows.T, rtol=1e-9, atol=1e-14)
         else:
-            with pytest.raises(gradmon.Unavailable, match="overwritten|add up"):
+            with pytest.raises(gradmon.Unavailable, match=r"overwritten|add up"):
                 listener.collect()
         listener.disarm()
 
