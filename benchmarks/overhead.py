@@ -8,6 +8,7 @@ One thread, process CPU time, the plain step and the probe interleaved in one pr
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import platform
 import statistics
@@ -97,11 +98,21 @@ def compare(model: nn.Module, batch: Batch, repeats: int) -> dict[str, tuple[flo
         return work
 
     idle = Monitor(model, optimizer, loss, schedule=every(10**9))
-    passive = Monitor(model, optimizer, schedule=every(1))
+    # On a copy, because its hooks stay on the model from step to step.
+    twin = copy.deepcopy(model)
+    twin_optimizer = torch.optim.SGD(twin.parameters(), lr=1e-3)
+    passive = Monitor(twin, twin_optimizer, schedule=every(1))
+
+    def passively() -> None:
+        twin_optimizer.zero_grad()
+        loss(twin, batch).backward()
+        twin_optimizer.step()
+        passive.step(batch)
+
     works: dict[str, Callable[[], object]] = {
         "plain step": plain,
         "step, monitor not scheduled": lambda: (plain(), idle.step(batch)),
-        "step and probe, passive": lambda: (plain(), passive.step(batch)),
+        "step and probe, passive": passively,
         "step and probe, step-consistency and sources": probe(
             [m.name for m in METRICS.values() if m.group in ("step-consistency", "health") and not m.on_demand]
             + ["step_ratio", "step_share", "batch_share"]
