@@ -119,3 +119,16 @@ def replace_tensor(batch: Batch, position: int, value: Tensor) -> Batch:
         return value if seen == position else tensor
 
     return map_tensors(batch, change)
+
+
+def holds_counts(batch: Batch, examples: int) -> bool:
+    """Whether a batch holds a plain integer for each example, such as its length, that may decide on its rows."""
+    if isinstance(batch, Tensor) or type(batch) in _LEAVES:
+        return False
+    if isinstance(batch, Mapping):
+        return any(holds_counts(value, examples) for value in cast("Mapping[Any, Any]", batch).values())
+    if isinstance(batch, (tuple, list)):
+        held = cast("list[Any]", batch)
+        counts = len(held) == examples > 1 and all(type(value) is int for value in held)
+        return counts or any(holds_counts(value, examples) for value in held)
+    return False

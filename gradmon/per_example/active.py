@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradmon._batches import batch_tensors, example_count, replace_tensor
+from gradmon._batches import batch_tensors, example_count, holds_counts, replace_tensor
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._objective import Objective
 from gradmon._tensors import length
@@ -122,6 +122,7 @@ class PerExample:
         capture = Capture(
             self._objective.weights.parameters, inputs, note, example_count(batch), entry=entry, delta=delta
         )
+        capture.counted = holds_counts(batch, capture.examples)
         if recording is not None:
             recording.tape = capture.tape
         with contextlib.ExitStack() as stack:

@@ -146,6 +146,7 @@ class Capture(TorchFunctionMode):
     x: Tensor | None = field(default=None, init=False)
     entered: Callable[[Tensor], None] | None = field(default=None, init=False)
     off: bool = field(default=False, init=False)
+    counted: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -155,7 +156,6 @@ class Capture(TorchFunctionMode):
         # Weak, so that no activation lives longer than it would otherwise.
         self._made_of_batch: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
         self._ragged: dict[int, weakref.ref[Tensor]] = {}
-        self._counted = False
         for position, tensor in enumerate(self.inputs):
             if self._has_examples(tensor):
                 self._mark(tensor, frozenset({position}))
@@ -168,12 +168,12 @@ class Capture(TorchFunctionMode):
     def _is_ragged(self, name: str, args: tuple[Any, ...], given: Sequence[Tensor]) -> bool:
         """Whether a call's results may have other numbers of rows for other contents of the batch."""
         if name in _COUNTING and any(self._origins(tensor) is not None for tensor in given):
-            self._counted = True  # from here on a number of the batch may be the size of anything
+            self.counted = True  # from here on a number of the batch may be the size of anything
         picked = name in ("__getitem__", "index") and any(
             t.dtype in (torch.bool, torch.uint8) for argument in args[1:] for t in tensors(argument)
         )
         return (
-            self._counted
+            self.counted
             or picked
             or name in _RAGGED
             or (name == "where" and len(args) == 1)
@@ -322,7 +322,10 @@ class Capture(TorchFunctionMode):
         made: list[Tensor] = [p for p in module.parameters() if p.requires_grad and self.tape.knows(p)]
         given = list(tensors((args, kwargs)))
         origins = frozenset[int]().union(*(o for t in given if (o := self._origins(t)) is not None))
-        self._whole = module, self._begun(module, args, kwargs, made, origins) if made else None
+        use = self._begun(module, args, kwargs, made, origins) if made else None
+        if use is not None:
+            use.ragged = self._is_ragged("", (), given)
+        self._whole = module, use
 
     def end(self, module: nn.Module, output: Any) -> None:
         """The call of the module is over."""
@@ -334,6 +337,8 @@ class Capture(TorchFunctionMode):
             self._finished(use, returned)
         for tensor in returned:
             self._mark(tensor, frozenset() if use is None else use.origins)
+            if use is not None and use.ragged:
+                self._ragged[id(tensor)] = weakref.ref(tensor)
 
     def _embedded(self, output: Tensor, origins: frozenset[int]) -> Tensor:
         self.embeddings.append(origins)

@@ -278,6 +278,8 @@ class Collected:
             return Moments(examples, zeros, zeros)
         # Examples of whose passes nothing arrived have zeros.
         missing = examples - found.count
+        if missing < 0 or (rows is not None and position in self._moments):
+            raise Unavailable("several backward passes of the same examples leave no mean and variance of coordinates")
         zeros = torch.zeros_like(found.means)
         return found if missing == 0 else found.with_(Moments(missing, zeros, zeros))
 

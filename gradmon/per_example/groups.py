@@ -20,27 +20,31 @@ class Group:
         task: The backward pass that it was part of.
         number: The how many-th forward pass it was.
         examples: How many examples.
-        source: What it was called with: the first tensor, and how often that had been overwritten.
+        source: The tensors that it was called with, and how often each had been overwritten.
     """
 
     task: int
     number: int
     examples: int
-    source: tuple[weakref.ref[Tensor], int] | None = None
+    source: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
 
     def same_input(self, other: Group) -> bool:
-        """Whether two passes were called with one and the same tensor, and so saw the same examples."""
-        if self.source is None or other.source is None:
-            return False
-        held = self.source[0]()
-        return held is not None and held is other.source[0]() and self.source[1] == other.source[1]
+        """Whether two passes were called with the very same tensors, and so saw the same examples."""
+        return (
+            bool(self.source)
+            and len(self.source) == len(other.source)
+            and all(
+                ours() is not None and ours() is theirs() and before == now
+                for (ours, before), (theirs, now) in zip(self.source, other.source, strict=True)
+            )
+        )
 
 
 def owners_of(groups: Sequence[Group], counts: Collection[int], reached: Mapping[int, set[int]]) -> tuple[Tensor, int]:
     """The example of each row of each group, and the number of examples.
 
     Several forward passes before one backward pass saw the same examples, unless the batch has as many as all of them.
-    Different backward passes saw different examples, unless they were called with one and the same tensor, or no
+    Different backward passes saw different examples, unless they were called with the very same tensors, or no
     parameter was reached by two of them: then one pass was cut into parts.
 
     Raises:

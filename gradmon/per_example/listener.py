@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradmon._batches import example_count, map_tensors, tensors
+from gradmon._batches import example_count, holds_counts, map_tensors, tensors
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import quiet_depth
@@ -87,6 +87,7 @@ class Listener:
         self._entered: dict[Recording, Course] = {}
         self._handles: list[RemovableHandle] = []
         self._hooked: list[int] = []
+        self._examples = 0
         self._local = UnderWay()
         self._recorder: Recorder | None = None
         self._laid: tuple[list[int], Weights, Weights | None] | None = None
@@ -204,6 +205,7 @@ class Listener:
             raise Unavailable("which parameters are trained has changed since the last step")
         self._settle(batch)
         found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
+        self._examples = found.examples
         self._known.confirm()
         return found
 
@@ -221,6 +223,8 @@ class Listener:
             raise Unavailable("the inputs of the examples were not found" if not found else "several forward passes")
         parts = [by_example(flow, self._entered[recording].x, recording.examples) for recording, _, flow in found]
         whole = torch.cat(parts)
+        if len(whole) != self._examples:
+            raise Unavailable("several forward passes of the same examples")
         return whole * len(whole)
 
     def _counts(self, batch: Batch | None) -> set[int]:
@@ -308,12 +312,13 @@ class Listener:
         first = next(t for t in tensors(batch) if t.ndim > 0)
         if not self._dim_given and first.ndim > 1 and first.shape[0] == first.shape[1] > 1:
             self._ambiguous.append(first.detach().clone())
-        source = weakref.ref(first), version(first)
+        source = tuple((weakref.ref(t), version(t)) for t in tensors(batch))
         recording = Recording(recorder, course, examples, number=len(self._courses), source=source)
         self._entered[recording] = course
         replaced: list[tuple[Tensor, Tensor, int]] = []
         inputs = list(tensors(batch))
         capture = Capture(recorder.weights.parameters, inputs, recording.note, examples, self._dim, entry)
+        capture.counted = holds_counts(batch, examples)
         recording.tape = capture.tape
         capture.entered = lambda x: recorder.enter(recording, x)
         if entry is not None and entry.position is not None:

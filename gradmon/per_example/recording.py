@@ -78,14 +78,14 @@ class Recording:
         course: What is expected of it.
         examples: The number of its examples.
         number: The how many-th of its probe it is.
-        source: The first tensor that the model was called with, and its version.
+        source: The tensors that the model was called with, and their versions.
     """
 
     recorder: Receiver
     course: Course
     examples: int
     number: int = 0
-    source: tuple[weakref.ref[Tensor], int] | None = None
+    source: tuple[tuple[weakref.ref[Tensor], int], ...] = ()
     tape: Tape | None = None
     count: int = 0
 

@@ -278,3 +278,45 @@ def test_positions_as_an_argument(places):
     model, ids, place = Model().double(), torch.randint(7, (5, 4)), torch.arange(4).reshape(places)
     rows = rows_of(model, [model(row, place).square().sum() for row in ids[:, None]])
     assert right_or_silent(model, lambda: model(ids, place).square().sum().backward(), rows, ids)
+
+
+def test_mean_and_variance_over_two_backward_passes_of_the_same_batch():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 2).double(), torch.randn(4, 3).double()
+
+    def run():
+        model(x).square().sum().backward()
+        model(x).sum().backward()
+
+    with pytest.raises(gradmon.Unavailable, match="mean and variance"):
+        found_in(model, run, x, moments=True)
+
+
+def test_one_constant_input_does_not_make_the_examples_the_same():
+    class Model(nn.Linear):
+        def forward(self, constant, x):
+            return super().forward(x) + constant
+
+    torch.manual_seed(0)
+    model, constant = Model(3, 2).double(), torch.randn(4, 2).double()
+    xs = [torch.randn(4, 3).double() for _ in range(2)]
+    rows = rows_of(model, [
+        model(c[None], row[None]).square().sum() for x in xs for c, row in zip(constant, x, strict=True)
+    ])  # fmt: skip
+    assert right_or_silent(model, lambda: [model(constant, x).square().sum().backward() for x in xs], rows)
+
+
+def test_lengths_as_plain_numbers():
+    class Model(nn.Linear):
+        def forward(self, x, lengths):
+            return super().forward(torch.cat([row[:length] for row, length in zip(x, lengths, strict=True)]))
+
+    torch.manual_seed(0)
+    model, x = Model(3, 2).double(), torch.randn(4, 3, 3).double()
+    listener = Listener(model)
+    for lengths in ([2, 2, 2, 2], [3, 1, 2, 2]):
+        listener.arm()
+        model(x, lengths).square().sum().backward()
+        with pytest.raises(gradmon.Unavailable):
+            listener.collect(x)
+        listener.disarm()
