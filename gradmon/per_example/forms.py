@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradmon._tensors import symmetric
 from gradmon.per_example.scratch import Scratch, sampled
 
 
@@ -103,6 +104,8 @@ def chunks(shares: Sequence[Shares], budget: int) -> list[tuple[slice, slice]]:
 
 def total(shares: Shares, budget: int) -> Tensor:
     """The sum of all examples' gradients, of the tensor's shape."""
+    if isinstance(shares, Outer):
+        return (shares.left.flatten(0, 1).T @ shares.right.flatten(0, 1)).reshape(shares.shape)
     found: Tensor | None = None
     for examples, rows in chunks([shares], budget):
         part = shares.block(examples, rows).sum(0)
@@ -202,7 +205,7 @@ class Outer:
         """``left left^T`` over all examples and times, (nT, nT)."""
         if self._squared is None:
             left = self.left.flatten(0, 1)
-            self._squared = left @ left.T
+            self._squared = symmetric(left)
         return self._squared
 
     def beside(self, others: Sequence[Outer]) -> Outer:
@@ -252,7 +255,7 @@ class Outer:
         if n * n * times * times * (rows + columns) > n * rows * columns * (times + n):
             return None
         right = self.right.reshape(n * times, columns)
-        product = (right @ right.T).mul_(self.left_products())
+        product = symmetric(right).mul_(self.left_products())
         return product if times == 1 else product.reshape(n, times, n, times).sum((1, 3))
 
     def scaled(self, factor: float) -> Outer:

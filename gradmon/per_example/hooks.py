@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -81,9 +81,9 @@ def begun(capture: Capture, model: nn.Module, rules: Rules, entry: Entry | None 
     return close
 
 
-def compiled(model: nn.Module) -> str | None:
+def compiled(modules: Iterable[nn.Module]) -> str | None:
     """Why a compiled model cannot be looked into; None if it is not one."""
-    for module in model.modules():
+    for module in modules:
         if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
             return "the model is compiled: give the monitor the loss, so that it takes passes of its own"
     return None

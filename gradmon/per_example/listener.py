@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -35,9 +35,10 @@ _CHECKED_EVERY = 100
 class Listener:
     """Gathers the examples' gradients from forward and backward passes that are made anyway.
 
-    Between `arm` and `disarm` every module of the model has hooks; the outermost one that is called is looked into, and
-    the uses of parameters in it have hooks at their outputs. At other times there is nothing. Whose rows are whose is
-    found out by some passes of our own, when a module is called for the first time, and remembered.
+    Between `arm` and `disarm` the modules of the model have hooks (once it is known which are called from outside, only
+    those); the outermost one that is called is looked into, and the uses of parameters in it have hooks at their
+    outputs. At other times there is nothing. Whose rows are whose is found out by some passes of our own, when a module
+    is called for the first time, and remembered.
 
     Args:
         model: The model.
@@ -87,6 +88,8 @@ class Listener:
         self._entered: dict[Recording, Course] = {}
         self._handles: list[RemovableHandle] = []
         self._hooked: list[int] = []
+        self._modules: list[nn.Module] = []
+        self._outer: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._examples = 0
         self._local = UnderWay()
         self._recorder: Recorder | None = None
@@ -101,6 +104,7 @@ class Listener:
         """Attach the hooks, and begin anew."""
         self._interrupt()
         experience = self.experience
+        self._modules = list(self._model.modules())
         weights, sampled = self._layouts()
         check = experience.probes % _CHECKED_EVERY == 0
         if check:
@@ -118,15 +122,15 @@ class Listener:
         )
         experience.scratch = recorder.scratch
         self._ambiguous, self._courses, self._entered = [], [], {}
-        reason = compiled(self._model)
+        reason = compiled(self._modules)
         if reason is not None:
             recorder.fail(reason)
         else:
-            self._attach(weights)
+            outer = [module for module in self._modules if module in self._outer]
+            self._attach(weights, outer if outer and not check else self._modules)
 
-    def _attach(self, weights: Weights) -> None:
+    def _attach(self, weights: Weights, modules: Sequence[nn.Module]) -> None:
         """Attach the hooks, unless those of the last step are still there."""
-        modules = list(self._model.modules())
         hooked = [*map(id, modules), *map(id, weights.parameters)]
         if self._handles and hooked == self._hooked:
             return
@@ -151,7 +155,7 @@ class Listener:
 
     def _layouts(self) -> tuple[Weights, Weights | None]:
         """The layouts of `w`; the same as long as the same parameters are trained."""
-        now = [id(parameter) for parameter in self._model.parameters() if parameter.requires_grad]
+        now = self._trained()
         if self._laid is None or self._laid[0] != now:
             layouts = [
                 None if mask is None else Weights(self._model, mask.picks(self._model))
@@ -160,11 +164,17 @@ class Listener:
             self._laid = now, layouts[0] or Weights(self._model), layouts[1]
         return self._laid[1], self._laid[2]
 
+    def _trained(self) -> list[int]:
+        """The identities of the parameters that are trained."""
+        held = (p for module in self._modules for p in cast("Any", module)._parameters.values())
+        return [id(parameter) for parameter in held if parameter is not None and parameter.requires_grad]
+
     def disarm(self) -> None:
         """Take all hooks off, and let everything go."""
         self._detach()
         self._interrupt()
         self._recorder = self.experience.scratch = None
+        self._modules = []
         self._ambiguous, self._courses, self._entered = [], [], {}
 
     def _interrupt(self) -> None:
@@ -191,6 +201,8 @@ class Listener:
             raise Unavailable("the model was not listened to")
         experience = self.experience
         experience.probes += 1
+        # What goes wrong may be due to a call that has no hook.
+        outer, self._outer = self._outer, weakref.WeakSet()
         experience.several = recorder.backwards > 1
         if recorder.stray:
             self._known.forget([(key, course) for key, course, _ in self._courses])
@@ -201,12 +213,13 @@ class Listener:
             )
         collected = recorder.finish()
         experience.coverage = collected.coverage()
-        if [id(p) for p in self._model.parameters() if p.requires_grad] != (self._laid[0] if self._laid else None):
+        if self._laid is None or self._trained() != self._laid[0]:
             raise Unavailable("which parameters are trained has changed since the last step")
         self._settle(batch)
         found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
         self._examples = found.examples
         self._known.confirm()
+        self._outer = outer
         return found
 
     def input_gradients(self) -> Tensor:
@@ -265,6 +278,8 @@ class Listener:
             self._end(calls.pop())
         call = Call(module, here(2))
         calls.append(call)
+        if len(calls) == 1:
+            self._outer.add(module)
         if len(calls) > 1 or recorder.failure is not None or not torch.is_grad_enabled():
             return None
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradmon._tensors import wide
+from gradmon._tensors import symmetric, wide
 from gradmon.per_example.forms import Outer, Relocated, Shares, chunks, whole
 
 
@@ -76,7 +76,7 @@ def _products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
             parts = [_added(forms, slice(0, n), rows, ordered, len(groups) > 1)
                      for forms, n in zip(groups, counts, strict=True)]  # fmt: skip
             part = parts[0] if len(parts) == 1 else torch.cat(parts)
-            product = part @ part.T
+            product = symmetric(part)
             products = product if products is None else wide(products).add_(product)
         if products is not None:
             return products
