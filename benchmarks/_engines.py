@@ -99,9 +99,44 @@ def listening(model: nn.Module, batch: Batch, **options: object) -> Callable[[],
 
 
 def torch_func(model: nn.Module, batch: Batch) -> Work:
-    """vmap(grad). No backward pass beside it: the mean of the examples' gradients is the batch's."""
-    parameters = dict(model.named_parameters())
+    """vmap(grad) and no backward pass: the mean of the rows is the gradient, up to rounding.
+
+    For whoever writes the training step anew: hooks on gradients, accumulation, mixed precision and the very bits of
+    the training are gone.
+    """
     optimizer = optimizer_of(model)
+    rows_of = vmapped(model)
+
+    def work() -> Tensor:
+        optimizer.zero_grad()
+        rows = rows_of(batch)
+        for name, parameter in model.named_parameters():
+            parameter.grad = rows[name].mean(0)
+        gram = gram_of(rows.values())
+        optimizer.step()
+        return gram
+
+    return work
+
+
+def torch_func_beside(model: nn.Module, batch: Batch) -> Work:
+    """vmap(grad) beside the training's own backward pass, which stays as it is."""
+    optimizer = optimizer_of(model)
+    rows_of = vmapped(model)
+
+    def work() -> Tensor:
+        optimizer.zero_grad()
+        gram = gram_of(rows_of(batch).values())
+        loss(model, batch).backward()
+        optimizer.step()
+        return gram
+
+    return work
+
+
+def vmapped(model: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:
+    """The gradients of the examples' losses, (B, *shape) of every parameter."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
 
     def one(weights: dict[str, Tensor], example: Batch) -> Tensor:
         def call(x: Tensor) -> Tensor:
@@ -110,17 +145,7 @@ def torch_func(model: nn.Module, batch: Batch) -> Work:
         return loss(call, (example[0][None], example[1][None]))  # type: ignore[arg-type]
 
     rows_of = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0))
-
-    def work() -> Tensor:
-        optimizer.zero_grad()
-        rows = rows_of({name: parameter.detach() for name, parameter in parameters.items()}, batch)
-        for name, parameter in parameters.items():
-            parameter.grad = rows[name].mean(0)
-        gram = gram_of(rows.values())
-        optimizer.step()
-        return gram
-
-    return work
+    return lambda batch: rows_of(parameters, batch)
 
 
 def opacus(model: nn.Module, batch: Batch) -> Work:
@@ -202,7 +227,8 @@ ENGINES: dict[str, Engine] = {
     "gradmon, unarmed": unarmed,
     "gradmon, full Gram": gradmon_gram,
     "gradmon, 5 % mask": gradmon_mask,
-    "torch.func, vmap(grad)": torch_func,
+    "vmap(grad) instead of the backward": torch_func,
+    "vmap(grad) beside the backward": torch_func_beside,
     "Opacus": opacus,
     "BackPACK": backpack,
     "TorchJD": torchjd,

@@ -17,5 +17,6 @@ from gradmon.metrics import METRICS as METRICS
 from gradmon.metrics import Metric as Metric
 from gradmon.metrics import Value as Value
 from gradmon.monitor import Monitor as Monitor
+from gradmon.schedules import budget as budget
 from gradmon.schedules import every as every
 from gradmon.schedules import log_spaced as log_spaced

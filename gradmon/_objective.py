@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -116,10 +116,16 @@ class Objective:
     def gauge(self) -> Gradient:
         """The gradient at the base weights; `epsilon` becomes that of the coarsest type that is met on the way."""
         with self.at():
-            with _Coarsest(self.epsilon) as seen:
+            with self.noting():
                 loss = self.evaluate()
-            self.epsilon = seen.epsilon
             return self.collect(loss, self.differentiate(loss))
+
+    @contextlib.contextmanager
+    def noting(self) -> Generator[None]:
+        """A context for a forward pass, in which `epsilon` becomes that of the coarsest type that is met."""
+        with _Coarsest(self.epsilon) as seen:
+            yield
+        self.epsilon = seen.epsilon
 
     def product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """The Hessian at the base weights times a direction, by a second backward pass.

@@ -6,12 +6,14 @@ import copy
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from gradmon._tensors import from_plain, to_plain
 
 
 class RandomState:
@@ -30,6 +32,29 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
         np.random.set_state(self._numpy)
         random.setstate(self._python)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states as plain types."""
+        name, keys, *rest = cast("tuple[Any, ...]", self._numpy)
+        return {
+            "cpu": to_plain(self._cpu),
+            "cuda": None if self._cuda is None else [to_plain(state) for state in self._cuda],
+            "numpy": [name, [int(key) for key in keys], *rest],
+            "python": [self._python[0], list(self._python[1]), self._python[2]],
+        }
+
+    @staticmethod
+    def restored(state: Mapping[str, Any]) -> RandomState:
+        """What was saved."""
+        found = RandomState()
+        name, keys, *rest = state["numpy"]
+        version, inner, following = state["python"]
+        found._cpu = from_plain(state["cpu"])
+        if found._cuda is not None and state["cuda"] is not None:
+            found._cuda = [from_plain(device) for device in state["cuda"]]
+        found._numpy = (name, np.array(keys, dtype=np.uint32), *rest)
+        found._python = (version, tuple(inner), following)
+        return found
 
 
 class ModuleState:

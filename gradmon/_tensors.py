@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,6 +24,19 @@ def wide(tensor: Tensor) -> Tensor:
 def working(tensor: Tensor) -> Tensor:
     """The tensor in at least float32, where sums and differences of half-precision numbers keep their digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def to_plain(tensor: Tensor) -> dict[str, Any]:
+    """A tensor as plain types that any file format holds: its numbers as base64."""
+    held = tensor.detach().cpu().contiguous()
+    data = base64.b64encode(held.reshape(-1).view(torch.uint8).numpy().tobytes()).decode("ascii")
+    return {"dtype": str(held.dtype).removeprefix("torch."), "shape": list(held.shape), "data": data}
+
+
+def from_plain(state: Mapping[str, Any]) -> Tensor:
+    """What `to_plain` was given, on the CPU."""
+    data = torch.frombuffer(bytearray(base64.b64decode(state["data"])), dtype=torch.uint8)
+    return data.view(getattr(torch, state["dtype"])).reshape(state["shape"])
 
 
 def symmetric(rows: Tensor) -> Tensor:

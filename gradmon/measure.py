@@ -21,7 +21,7 @@ from gradmon.options import check_input_module, check_options, check_rules, choo
 from gradmon.per_example import RULES, Experience, PerExample, PerExampleResult, Rules, Wanted
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
-from gradmon.probes import PROBES, Scene
+from gradmon.probes import PROBES, Memory, Scene
 
 
 def measure(
@@ -108,7 +108,7 @@ def measure(
             input_module=input_module,
             seed=seed,
             needed=frozenset(kind for metric in chosen for kind in metric.needs),
-            experience=Experience(rules=RULES if rules is None else rules),
+            memory=Memory(Experience(rules=RULES if rules is None else rules)),
         )
         found = [reading for metric in chosen for reading in readings_of(metric, scene, layers=layers)]
     return {r.name if r.layer is None else f"{r.name}/{r.layer}": r for r in found}

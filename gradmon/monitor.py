@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import math
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from gradmon._errors import ArgumentError, Unavailable
-from gradmon._evidence import BatchGradient, Step, StepPair
-from gradmon._objective import Objective
-from gradmon._parameters import Weights, check_trains, trainable
+from gradmon._errors import ArgumentError
+from gradmon._parameters import check_trains, trainable
 from gradmon._reading import Alert, Reading
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule
 from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.metrics import Metric
+from gradmon.observers import ActiveObserver, Observer, PassiveObserver, Setting
 from gradmon.options import (
     check_input_module,
     check_monitor,
@@ -29,23 +25,14 @@ from gradmon.options import (
     check_rules,
     choose_monitored,
 )
+from gradmon.pacing import Pacer
 from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
-from gradmon.perturbations.weights import Krylov, WeightSampler
-from gradmon.probes import (
-    LISTENED,
-    PROBES,
-    PassiveProbe,
-    Scene,
-    StepWatch,
-    Taken,
-    across,
-    gradient_evidence,
-    step_evidence,
-)
+from gradmon.perturbations.weights import WeightSampler
+from gradmon.probes import Memory, StepWatch
 from gradmon.publishing import Failures, Publisher
 from gradmon.reading import Pending, Reader
-from gradmon.schedules import Schedule, every
+from gradmon.schedules import Schedule, budget, every
 from gradmon.sinks import Sink
 
 _SAMPLED = 0.05
@@ -69,7 +56,8 @@ class Monitor:
             itself reveals: the norms, `step_condition`, and, from hooks that are there for scheduled steps only, how
             much the examples of the batch disagree.
         metrics: ``"default"``, ``"all"`` (also those that take many passes), or names and `Metric` objects.
-        schedule: When to look: `every`, `log_spaced`, or any callable from the step's number, counted from 1.
+        schedule: When to look: a `budget`, `every`, `log_spaced`, or any callable from the step's number, counted from
+            1; None for ``every(50)``.
         mask: The coordinates to look at: a `Mask`, a fraction in (0, 1], or None for all. ``"default"`` is 0.05;
             without `loss` only for `gradient_snr`, because the examples' inner products come cheaper whole.
         seed: The seed of mask and samplers.
@@ -77,7 +65,8 @@ class Monitor:
         rank: This process's rank, likewise.
         sinks: Sinks, or strings such as ``"jsonl:run.jsonl"``, ``"tensorboard:runs/mlp"``, ``"prometheus:9464"``.
         alerts: ``"default"``, or rules.
-        weights: The sampler of weight perturbations; None for `Krylov()`.
+        weights: The sampler of weight perturbations; None for `Krylov`: three products at the first probe, and one at
+            each later one, along the direction in which the gradient changed most at the one before.
         inputs: The sampler of input perturbations; None for `Ascent()`.
         derivative: ``"finite"`` for differences of gradients, ``"exact"`` for Hessian products.
         micro_batches: n of the metrics over batch means, at least 2.
@@ -115,7 +104,7 @@ class Monitor:
         loss: Loss | None = None,
         *,
         metrics: Literal["default", "all"] | str | Metric | Sequence[str | Metric] = "default",
-        schedule: Schedule | None = None,
+        schedule: Schedule | budget | None = None,
         mask: Mask | float | Literal["default"] | None = "default",
         seed: int = 0,
         run: str = "run",
@@ -137,7 +126,6 @@ class Monitor:
         self.failures = Failures(run)
         self._step = 0
         self._watch: StepWatch | None = None
-        self._pending: Pending | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
         self._publisher = Publisher(None if self._disabled else alerts, self.failures)
         if self._disabled:
@@ -148,38 +136,38 @@ class Monitor:
             check_trains(optimizer, trainable(model).values())
         check_monitor(loss, reduction, schedule, run, rank, max_memory, example_dim)
         check_rules(rules)
-        trainable(model)
-        self._model, self._optimizer, self._loss = model, optimizer, loss
-        self._schedule: Schedule = every(50) if schedule is None else schedule
-        self._mask = as_mask(_SAMPLED if mask == "default" else mask, seed)
-        self._whole = mask == "default" and loss is None
-        if self._mask is not None:
-            self._mask.picks(model)
-        self._seed = seed
-        self._options: dict[str, Any] = {
-            "weight_sampler": Krylov() if weights is None else weights,
-            "input_sampler": Ascent() if inputs is None else inputs,
-            "derivative": derivative,
-            "micro_batches": micro_batches,
-            "input_module": input_module,
-        }
-        self._reduction: Reduction = reduction
-        self._reader = Reader(self.failures, layers)
-        self._metrics = choose_monitored(metrics, optimizer, loss)
+        chosen = as_mask(_SAMPLED if mask == "default" else mask, seed)
+        if chosen is not None:
+            chosen.picks(model)
+        metrics = choose_monitored(metrics, optimizer, loss)
         check_input_module(model, input_module)
         self._publisher.open(sinks, run, rank)
-        self._experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
-        needed = frozenset(kind for metric in self._metrics for kind in metric.needs)
-        self._options |= {"needed": needed, "experience": self._experience}
-        self._passive: PassiveProbe | None = None
-        if loss is None and needed & LISTENED:
-            self._passive = PassiveProbe(
-                model, needed, None if self._whole else self._mask, self._mask, micro_batches,
-                example_dim, input_module, self._experience,
-            )  # fmt: skip
-            self._arm()
+        experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
+        self._setting = Setting(
+            model=model,
+            optimizer=optimizer,
+            mask=chosen,
+            weights=weights,
+            inputs=Ascent() if inputs is None else inputs,
+            derivative=derivative,
+            micro_batches=micro_batches,
+            input_module=input_module,
+            seed=seed,
+            memory=Memory(experience, precise=False),
+        )
+        self._reader = Reader(self.failures, layers)
+
+        def observe() -> Observer:
+            if loss is None:
+                return PassiveObserver(self._setting, metrics, mask == "default", example_dim, self._reader)
+            return ActiveObserver(self._setting, loss, reduction, self._reader)
+
+        self._observe, self._observer = observe, observe()
+        device = next(iter(trainable(model).values())).device
+        self._pacer = Pacer(every(50) if schedule is None else schedule, metrics, loss is None, device, self.failures)
         if optimizer is not None:
-            self._watch = StepWatch(optimizer, model, self._wants_step, loss is None, self.failures.note)
+            self._watch = StepWatch(optimizer, model, lambda: self._observer.keep(self._due), self.failures.note)
+        self._plan()
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -198,7 +186,7 @@ class Monitor:
         The name of a function for which there is a rule, such as ``"linear"``; ``"replay"`` or ``"repeat"`` where its
         call was made again; ``"unused"`` where no gradient arrived.
         """
-        return {} if self._disabled else dict(self._experience.coverage)
+        return {} if self._disabled else dict(self._setting.memory.experience.coverage)
 
     @property
     def steps(self) -> int:
@@ -214,39 +202,41 @@ class Monitor:
         if self._closed:
             return
         self._step += 1
-        began = time.perf_counter()
+        pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
+        pacer.enter()
         taken = None if self._watch is None else self._watch.take()
-        pending, self._pending = self._pending, None
+        pending, observer.pending = observer.pending, None
         readings: list[Reading] = []
         if pending is not None:
             lost = [metric for metric, _ in pending.waiting]
-            readings += self._reader.safely(
-                "next batch", lambda: self._finish(pending, batch, taken), lost, pending.number
+            pacer.begin()
+            readings += reader.safely(
+                "next batch", lambda: observer.finish(pending, batch, taken), lost, pending.number
             )
-        due = self._is_due(self._step)
+            pacer.looked(again=True)
         if due:
-            readings += self._reader.safely("probe", lambda: self._probe(batch, taken), self._metrics, self._step)
-            readings.append(Reading("probe_seconds", time.perf_counter() - began, self._step))
+            pacer.begin()
+            readings += reader.safely("probe", lambda: observer.look(self._step, batch, taken, due), due, self._step)
+            readings += pacer.readings(self._step, pacer.looked())
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
             self._publisher.publish(readings)
-        self._arm()
+        self._plan()
 
-    def _arm(self) -> None:
-        """Listen to the passes of the coming step if it is a scheduled one; else leave nothing attached."""
-        if self._passive is not None and not self._closed:
-            listen = self._passive.arm if self._is_due(self._step + 1) else self._passive.disarm
-            self.failures.guard("hooks", listen, None)
+    def _plan(self) -> None:
+        """See what is due in the coming step, and prepare for it."""
+        self._due = self._pacer.due(self._step + 1)
+        self.failures.guard("hooks", lambda: self._observer.prepare(self._watch, self._due), None)
+        self._pacer.leave(self._observer.listens)
 
     def close(self) -> None:
-        """Detach from the optimizer and close the sinks; a second call does nothing."""
+        """Detach from model and optimizer and close the sinks; a second call does nothing."""
         if self._watch is not None:
             self._watch.close()
-        if not self._disabled and self._passive is not None:
-            self._passive.disarm()
+        if not self._disabled:
+            self._observer.close()
         self._publisher.close()
         self._closed = True
-        self._pending = None
 
     def __enter__(self) -> Monitor:
         return self
@@ -257,16 +247,22 @@ class Monitor:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to go on, as plain types.
+        """What a resumed run needs to go on as if it had not been interrupted, as plain types.
 
-        Numbers that wait for the next batch are not part of it: those of a step probed right before are lost.
+        The direction that is tracked has as many numbers as the model; a probed step that waits for the next batch
+        some times as many.
         """
         if self._disabled:
             return {}
+        mask = self._setting.mask
         return {
-            "version": 1,
+            "version": 2,
             "step": self._step,
-            "mask": None if self._mask is None else self._mask.state_dict(),
+            "mask": None if mask is None else mask.state_dict(),
+            "memory": self._setting.memory.state_dict(),
+            "pace": self._pacer.state_dict(),
+            "pending": None if self._observer.pending is None else self._observer.pending.state_dict(),
+            "given_up": self._reader.given_up,
             **self._publisher.state_dict(),
         }
 
@@ -281,119 +277,22 @@ class Monitor:
         """
         if not state or self._disabled:
             return
-        if state.get("version") != 1:
-            raise ArgumentError("state", "be of version 1", state.get("version"))
+        if state.get("version") != 2:
+            raise ArgumentError("state", "be of version 2", state.get("version"))
+        setting = self._setting
         self._step = int(state["step"])
         if state["mask"] is not None:
             mask = Mask(state["mask"]["fraction"], state["mask"]["seed"])
             mask.load_state_dict(state["mask"])
-            mask.picks(self._model)
-            self._mask = mask
+            mask.picks(setting.model)
+            setting.mask = mask
         else:
-            self._mask = None
+            setting.mask = None
+        setting.memory.load_state_dict(state["memory"])
+        self._pacer.load_state_dict(state["pace"])
+        self._reader.given_up = {str(name): str(reason) for name, reason in state["given_up"].items()}
+        self._observer.close()
+        self._observer = self._observe()  # on the coordinates of the mask that was saved
+        self._observer.pending = Pending.restored(state["pending"], setting.layout())
         self._publisher.load_state_dict(state)
-        self._arm()
-
-    def _is_due(self, step: int) -> bool:
-        return self.failures.guard("schedule", lambda: bool(self._schedule(step)), False)
-
-    def _wants_step(self) -> bool:
-        """Whether the coming step is to be kept: a scheduled one, and in passive mode the one after it."""
-        if self._passive is not None:
-            self._passive.freeze()
-        return self._is_due(self._step + 1) or (self._pending is not None and self._loss is None)
-
-    def _layout(self) -> Weights:
-        return Weights(self._model, None if self._mask is None else self._mask.picks(self._model))
-
-    def _probe(self, batch: Batch, taken: Taken | None) -> list[Reading]:
-        layout = self._layout()
-        if self._loss is None:
-            return self._look_passively(layout, taken, batch)
-        after = [parameter.detach() for parameter in layout.parameters]
-        before = after if taken is None else taken.values
-        with Objective(self._model, self._loss, batch, layout, self._reduction, before) as objective:
-            scene = Scene(
-                objective,
-                PROBES,
-                optimizer=self._optimizer,
-                # Without a step that was seen (a skipped one, under a gradient scaler) there is none to look at.
-                after=None if taken is None else after,
-                trial=False,
-                seed=self._seed + self._step,
-                **self._options,
-            )
-            with contextlib.suppress(Unavailable):  # which every metric then says for itself
-                scene.gradient  # noqa: B018 - a loss that fails fails once, and not for every metric again
-            return self._look(scene, [value.clone() for value in after])
-
-    def _look(self, scene: Scene, after: list[Tensor]) -> list[Reading]:
-        waiting: list[tuple[Metric, list[Any]]] = []
-        readings: list[Reading] = []
-        for metric in self._metrics:
-            if StepPair not in metric.needs:
-                readings += self._reader.read(
-                    metric, lambda m=metric: [scene.get(kind) for kind in m.needs], self._step
-                )
-                continue
-            # What compares with the next batch waits for it; what is missing already says so now.
-            kinds = [Step if kind is StepPair else kind for kind in metric.needs]
-            missing = self._reader.read(
-                metric, lambda k=kinds: [scene.get(kind) for kind in k], self._step, only_gather=True
-            )
-            readings += missing
-            if not missing:
-                waiting.append((metric, [scene.get(kind) for kind in kinds]))
-        if waiting:
-            state = scene.objective.sandbox.random
-            self._pending = Pending(self._step, scene.get(Step), scene.objective.base, after, waiting, state)
-        return readings
-
-    def _finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
-        """The numbers of the last probed step that compare with the batch after it."""
-        layout = self._layout()
-        if self._loss is None:
-            if taken is None:
-                return []
-            pair = StepPair(pending.step, None, layout.pick(taken.filled(layout)))
-        else:
-            with Objective(
-                self._model, self._loss, batch, layout, self._reduction, pending.before, pending.random
-            ) as objective:
-                pair = across(pending.step, objective, pending.after, batch)
-        readings: list[Reading] = []
-        for metric, evidence in pending.waiting:
-            whole = [pair if kind is StepPair else seen for kind, seen in zip(metric.needs, evidence, strict=True)]
-            readings += self._reader.read(metric, lambda w=whole: w, pending.number)
-        return readings
-
-    def _look_passively(self, layout: Weights, taken: Taken | None, batch: Batch) -> list[Reading]:
-        """What the training's own passes, gradients and steps reveal, as they are when the optimizer steps."""
-        gathered = {} if self._passive is None else self._passive.gather(batch)
-        step, finite = None, True
-        if taken is not None:
-            gradients = taken.filled(layout)
-            seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
-            after = [parameter.detach() for parameter in layout.parameters]
-            step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
-            gathered |= {BatchGradient: lambda: seen, Step: lambda: step}
-            finite = math.isfinite(seen.gradient_norm)
-
-        def gather(kinds: tuple[type, ...]) -> list[Any]:
-            if not finite:
-                raise Unavailable("non-finite gradient")
-            if any(kind not in gathered for kind in kinds):
-                raise Unavailable("no optimizer step was taken")
-            return [gathered[kind]() for kind in kinds]
-
-        readings: list[Reading] = []
-        waiting: list[tuple[Metric, list[Any]]] = []
-        for metric in self._metrics:
-            if StepPair in metric.needs and finite and step is not None:
-                waiting.append((metric, [step]))
-            else:
-                kinds = tuple(Step if kind is StepPair else kind for kind in metric.needs)
-                readings += self._reader.read(metric, lambda k=kinds: gather(k), self._step)
-        if waiting and step is not None:
-            self._pending = Pending(self._step, step, [], [], waiting, None)
-        return readings
+        self._plan()

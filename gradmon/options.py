@@ -15,6 +15,7 @@ from gradmon._plugins import entry_points_named, load
 from gradmon._types import Loss
 from gradmon.metrics import METRICS, Metric
 from gradmon.probes import LISTENED
+from gradmon.schedules import budget
 
 _PASSIVE: frozenset[type] = frozenset({BatchGradient, Step, StepPair, *LISTENED})
 """The evidence that the training's own passes and steps reveal."""
@@ -182,8 +183,8 @@ def check_monitor(
         raise ArgumentError("loss", "be callable as loss(model, batch), or None", type(loss).__name__)
     if reduction not in ("mean", "sum"):
         raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
-    if schedule is not None and not callable(schedule):
-        raise ArgumentError("schedule", "be callable as schedule(step)", repr(schedule))
+    if schedule is not None and not callable(schedule) and not isinstance(schedule, budget):
+        raise ArgumentError("schedule", "be a budget, or callable as schedule(step)", repr(schedule))
     if not isinstance(run, str) or not run:
         raise ArgumentError("run", "be a name", repr(run))
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from gradmon._errors import Unavailable
-from gradmon._evidence import Step
+from gradmon._evidence import Step, StepPair
+from gradmon._parameters import Weights
 from gradmon._reading import Reading
 from gradmon._snapshot import RandomState
+from gradmon._tensors import from_plain, to_plain
 from gradmon.measure import readings_from
 from gradmon.metrics import Metric
+from gradmon.options import find_metric
 from gradmon.publishing import Failures
+
+_TENSORS = ("weights", "perturbation", "gradient", "after")
+"""The tensors among the fields of a `Step`."""
+_PATIENCE = 3
+"""How many times in a row a metric may fail before it is given up."""
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A probed step whose comparison with the next batch is still to come."""
+    """A probed step whose comparison with the next batch is still to come.
+
+    Attributes:
+        number: Its number.
+        step: The step.
+        before: The weights before it; empty without a loss.
+        after: The weights after it; likewise.
+        waiting: The metrics, each with the evidence that it has already.
+        random: The random states that its passes began with; None without a loss.
+        plain: Whether the gradient that the optimizer used was that of the batch, and nothing else.
+    """
 
     number: int
     step: Step
@@ -28,18 +48,63 @@ class Pending:
     after: list[Tensor]
     waiting: list[tuple[Metric, list[Any]]]
     random: RandomState | None
+    plain: bool = False
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """It as plain types; None where a metric waits with evidence of another kind."""
+        if any(any(seen is not self.step for seen in evidence) for _, evidence in self.waiting):
+            return None
+        fields = {field.name: getattr(self.step, field.name) for field in dataclasses.fields(self.step)}
+        del fields["coordinates"]
+        return {
+            "number": self.number,
+            "step": {name: to_plain(value) if isinstance(value, Tensor) else value for name, value in fields.items()},
+            "before": [to_plain(value) for value in self.before],
+            "after": [to_plain(value) for value in self.after],
+            "waiting": [metric.name for metric, _ in self.waiting],
+            "random": None if self.random is None else self.random.state_dict(),
+            "plain": self.plain,
+        }
+
+    @staticmethod
+    def restored(state: Mapping[str, Any] | None, layout: Weights) -> Pending | None:
+        """What was saved; None where there was nothing."""
+        if state is None:
+            return None
+        fields: dict[str, Any] = {
+            name: from_plain(value).to(layout.device) if name in _TENSORS and value is not None else value
+            for name, value in state["step"].items()
+        }
+        step = Step(coordinates=layout.coordinates, **fields)
+        values = [
+            [
+                from_plain(value).to(parameter.device)
+                for value, parameter in zip(state[name], layout.parameters, strict=False)
+            ]
+            for name in ("before", "after")
+        ]
+        waiting = [(metric, [step] * len(metric.needs)) for metric in map(find_metric, state["waiting"])]
+        random = None if state["random"] is None else RandomState.restored(state["random"])
+        return Pending(int(state["number"]), step, values[0], values[1], waiting, random, bool(state["plain"]))
 
 
 class Reader:
     """Makes readings of metrics; where one is not available or fails, NaN with the reason.
 
+    A metric that fails three times in a row is given up: it stays NaN, with the reason, and costs nothing any more.
+
     Args:
         failures: Where failures are noted.
         layers: Whether to add readings for each layer.
+
+    Attributes:
+        given_up: The metrics that are not computed any more, and why.
     """
 
     def __init__(self, failures: Failures, layers: bool) -> None:
         self._failures, self._layers = failures, layers
+        self._in_a_row: Counter[str] = Counter()
+        self.given_up: dict[str, str] = {}
 
     def safely(
         self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int
@@ -49,18 +114,44 @@ class Reader:
             return look()
         except Exception as error:
             self._failures.note(where, error)
-            reason = f"{type(error).__name__}: {error}"
-            return [Reading(metric.name, math.nan, step, reason=reason) for metric in metrics]
+            return [self._failed(metric, error, step) for metric in metrics]
 
     def read(
-        self, metric: Metric, gather: Callable[[], list[Any]], step: int, *, only_gather: bool = False
+        self, metric: Metric, evidence: Callable[[], list[Any]], step: int, *, gather: bool = False
     ) -> list[Reading]:
-        """The readings of one metric; with `only_gather` none, unless its evidence cannot be had."""
+        """The readings of one metric.
+
+        Args:
+            metric: The metric.
+            evidence: Gathers what it needs.
+            step: The number of the step.
+            gather: Whether only to gather; then there is no reading, unless the evidence cannot be had.
+        """
+        if metric.name in self.given_up:
+            return [Reading(metric.name, math.nan, step, reason=self.given_up[metric.name])]
         try:
-            evidence = gather()
-            return [] if only_gather else readings_from(metric, evidence, layers=self._layers, step=step)
+            seen = evidence()
+            found = [] if gather else readings_from(metric, seen, layers=self._layers, step=step)
         except Unavailable as missing:
             return [Reading(metric.name, math.nan, step, reason=missing.reason)]
         except Exception as error:
             self._failures.note(f"metric {metric.name}", error)
-            return [Reading(metric.name, math.nan, step, reason=f"{type(error).__name__}: {error}")]
+            return [self._failed(metric, error, step)]
+        if not gather:
+            self._in_a_row.pop(metric.name, None)
+        return found
+
+    def complete(self, pending: Pending, pair: StepPair) -> list[Reading]:
+        """The readings that waited for the next batch."""
+        readings: list[Reading] = []
+        for metric, evidence in pending.waiting:
+            whole = [pair if kind is StepPair else seen for kind, seen in zip(metric.needs, evidence, strict=True)]
+            readings += self.read(metric, lambda w=whole: w, pending.number)
+        return readings
+
+    def _failed(self, metric: Metric, error: Exception, step: int) -> Reading:
+        reason = f"{type(error).__name__}: {error}"
+        self._in_a_row[metric.name] += 1
+        if self._in_a_row[metric.name] >= _PATIENCE:
+            self.given_up[metric.name] = f"given up after {_PATIENCE} failures in a row: {reason}"
+        return Reading(metric.name, math.nan, step, reason=reason)

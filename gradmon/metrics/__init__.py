@@ -72,6 +72,7 @@ _ALL = (
         "weight_diversity", (WeightSweep,), weight_sweep.weight_diversity, "low", "Nelson 2022, 4.2", _STEP,
         "Whether the gradients at nearby weights add up; 1/n is best.",
         _SHORTER,
+        costly=True,
     ),
     Metric(
         "weight_coherence", (WeightSweep,), weight_sweep.weight_coherence, "high", "Nelson 2022, 4.3", _STEP,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradmon.per_example.active import Experience as Experience
+from gradmon.per_example.active import Pass as Pass
 from gradmon.per_example.active import PerExample as PerExample
 from gradmon.per_example.active import find_entry as find_entry
 from gradmon.per_example.capture import Entry as Entry

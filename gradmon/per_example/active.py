@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gradmon._batches import batch_tensors, example_count, holds_counts, replace_tensor
 from gradmon._errors import GradmonError, Unavailable
-from gradmon._objective import Objective
+from gradmon._objective import Gradient, Objective
 from gradmon._tensors import length
 from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Entry, Use
@@ -30,6 +30,9 @@ from gradmon.per_example.rules import RULES, Rules
 from gradmon.per_example.scratch import Scratch
 from gradmon.per_example.ways import Ways
 from gradmon.per_example.whole import whole_modules
+
+CHECKED_EVERY = 100
+"""Every how many-th probe is compared with the slowest way."""
 
 
 @dataclass
@@ -62,10 +65,12 @@ class Pass:
     """What came of one forward and backward pass.
 
     Attributes:
+        gradient: The batch gradient.
         result: The examples' gradients, as far as they were wanted.
         share: The whole gradient h_i of the example that was wanted, one tensor for each parameter; else empty.
     """
 
+    gradient: Gradient
     result: PerExampleResult
     share: list[Tensor]
     _x: Callable[[], tuple[Tensor, Tensor]]
@@ -99,7 +104,8 @@ class PerExample:
         self._key = (trained, entry, objective.examples == 1)
         known = self._experience.courses.get(self._key)
         self._course = self._find() if known is None else known
-        self._checked = False
+        self._check = self._experience.probes % CHECKED_EVERY == 0
+        self._experience.probes += 1
 
     def _find(self, *, few: bool = True) -> Course:
         objective = self._objective
@@ -160,39 +166,40 @@ class PerExample:
         Raises:
             Unavailable: The pass took another course than the first ones, or the shares would not add up.
         """
-        recorder, found = self._run(wanted, batch, values, delta)
+        recorder, gradient, found = self._run(wanted, batch, values, delta)
         if recorder.stray:  # what earlier probes found out holds no longer
             self._course = self._find(few=False)
-            recorder, found = self._run(wanted, batch, values, delta)
+            recorder, gradient, found = self._run(wanted, batch, values, delta)
         collected = recorder.finish()
         result = collected.result((), gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
         self._experience.coverage = collected.coverage()
-        self._checked = True
+        self._check = False
         share = [
             collected.shares[position].to(parameter.dtype) * self._objective.examples
             if position in collected.shares
             else torch.zeros_like(parameter)
             for position, parameter in enumerate(self._objective.weights.parameters)
         ]
-        return Pass(result, share if wanted.example is not None else [], found)
+        return Pass(gradient, result, share if wanted.example is not None else [], found)
 
     def _run(
         self, wanted: Wanted, batch: Batch | None, values: Sequence[Tensor] | None, delta: Tensor | None
-    ) -> tuple[Recorder, Callable[[], tuple[Tensor, Tensor]]]:
+    ) -> tuple[Recorder, Gradient, Callable[[], tuple[Tensor, Tensor]]]:
         objective, experience = self._objective, self._experience
         recorder = Recorder(
             objective.weights,
             wanted,
             experience.rules,
             experience.ways,
-            check=not self._checked,
+            check=self._check,
             max_memory=experience.max_memory,
             single=True,
         )
         recording = Recording(recorder, self._course, objective.examples)
         with objective.at(values):
             shift = None if delta is None else self._along_x(delta)
-            capture, loss = self._forward(objective.copied(batch), shift, recording.note, recording)
+            with objective.noting():
+                capture, loss = self._forward(objective.copied(batch), shift, recording.note, recording)
             recording.finish()
             more = [] if capture.x is None else [capture.x]
             parts = objective.differentiate(loss, more)
@@ -204,7 +211,8 @@ class PerExample:
                     recorder.gradient(position, part, task)
         x = None if capture.x is None else capture.x.detach()
         flow = parts[-1] if more else None
-        return recorder, lambda: self._inputs(x, flow)
+        gradient = objective.collect(loss, parts[: len(objective.weights.parameters)])
+        return recorder, gradient, lambda: self._inputs(x, flow)
 
     def _inputs(self, x: Tensor | None, flow: Tensor | None) -> tuple[Tensor, Tensor]:
         if x is None:

@@ -153,6 +153,7 @@ class Capture(TorchFunctionMode):
         self.tape = Tape(self.parameters)
         self._depth = quiet_depth()
         self._whole: tuple[nn.Module, Use | None] | None = None
+        self._inside = False
         # Weak, so that no activation lives longer than it would otherwise.
         self._made_of_batch: dict[int, tuple[weakref.ref[Tensor], frozenset[int]]] = {}
         self._ragged: dict[int, weakref.ref[Tensor]] = {}
@@ -194,6 +195,9 @@ class Capture(TorchFunctionMode):
         """Run the call, tell of it if it is a use, and note what its outputs are made of."""
         kwargs = kwargs or {}
         name = name_of(func)
+        if self._whole is not None and not self.off and quiet_depth() <= self._depth:
+            held = [t for argument in args for t in _in(argument)]
+            self._inside = self._inside or name in _COUNTING or self._is_ragged(name, args, held)
         if name.startswith(_CONSTANT) or self._whole is not None or self.off or quiet_depth() > self._depth:
             return func(*args, **kwargs)
         if func in _COMPOSITE and (opened := _opened(func)) is not None:
@@ -323,8 +327,7 @@ class Capture(TorchFunctionMode):
         given = list(tensors((args, kwargs)))
         origins = frozenset[int]().union(*(o for t in given if (o := self._origins(t)) is not None))
         use = self._begun(module, args, kwargs, made, origins) if made else None
-        if use is not None:
-            use.ragged = self._is_ragged("", (), given)
+        self._inside = self._is_ragged("", (), given)
         self._whole = module, use
 
     def end(self, module: nn.Module, output: Any) -> None:
@@ -334,10 +337,11 @@ class Capture(TorchFunctionMode):
         use, self._whole = self._whole[1], None
         returned = list(tensors(output))
         if use is not None:
+            use.ragged = self._inside
             self._finished(use, returned)
         for tensor in returned:
             self._mark(tensor, frozenset() if use is None else use.origins)
-            if use is not None and use.ragged:
+            if self._inside:
                 self._ragged[id(tensor)] = weakref.ref(tensor)
 
     def _embedded(self, output: Tensor, origins: frozenset[int]) -> Tensor:

@@ -190,8 +190,8 @@ class Collected:
             Unavailable: They are not, for some parameter.
         """
         received = list(self._received.items())
-        for (position, _), _ in received:
-            if position not in self._ways:
+        for (position, task), _ in received:
+            if task not in self._made.get(position, ()):
                 name = self._weights.names[position]
                 raise Unavailable(f"no call is seen that uses `{name}`, although the loss depends on it")
         for position, task in {*self._reached_by_rows()}:

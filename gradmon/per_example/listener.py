@@ -19,7 +19,7 @@ from gradmon._sandbox import quiet_depth
 from gradmon._types import Batch
 from gradmon.masks import Mask
 from gradmon.per_example._autograd import here, running_backward, version
-from gradmon.per_example.active import Experience, by_example
+from gradmon.per_example.active import CHECKED_EVERY, Experience, by_example
 from gradmon.per_example.capture import Capture, Entry
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.courses import Courses
@@ -27,9 +27,6 @@ from gradmon.per_example.hooks import Call, Hook, UnderWay, begun, compiled
 from gradmon.per_example.recorder import Recorder
 from gradmon.per_example.recording import Recording, Wanted
 from gradmon.per_example.rows import Course
-
-_CHECKED_EVERY = 100
-"""Every how many-th probe is compared with the slowest way."""
 
 
 class Listener:
@@ -106,7 +103,7 @@ class Listener:
         experience = self.experience
         self._modules = list(self._model.modules())
         weights, sampled = self._layouts()
-        check = experience.probes % _CHECKED_EVERY == 0
+        check = experience.probes % CHECKED_EVERY == 0
         if check:
             self._known.reconsider()
         self._recorder = recorder = Recorder(
@@ -122,6 +119,7 @@ class Listener:
         )
         experience.scratch = recorder.scratch
         self._ambiguous, self._courses, self._entered = [], [], {}
+        self._examples = 0
         reason = compiled(self._modules)
         if reason is not None:
             recorder.fail(reason)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -199,6 +199,8 @@ class Krylov:
     Args:
         k: How many products.
         scale: The radius relative to ``||w||``.
+        start: The first direction, (P,); None for the batch gradient. With the last change of the gradient for it, each
+            probe is a further step of the power method.
 
     Raises:
         ArgumentError: An argument is out of range.
@@ -206,25 +208,31 @@ class Krylov:
 
     k: int = 3
     scale: float = 1e-3
+    start: Tensor | None = field(default=None, compare=False)
     span: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_count("k", self.k)
         check_radius("scale", self.scale)
+        if self.start is not None and (not isinstance(self.start, Tensor) or length(self.start) == 0):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("start", "be a tensor (P,) that is not zero", type(self.start).__name__)
 
     def draw(self, point: WeightPoint) -> Perturbations:
         """Yield omega, (P,); each depends on the change that the one before was answered with.
 
         Raises:
+            ArgumentError: `start` does not have one entry per weight.
             Unavailable: The batch gradient or the weights are zero.
         """
+        if self.start is not None and self.start.shape != point.gradient.shape:
+            raise ArgumentError("start", f"have {point.gradient.numel()} entries, one per weight", self.start.numel())
         if length(point.gradient) == 0:
             raise Unavailable("zero gradient")
         radius = self.scale * point.norm
         if radius == 0:
             raise Unavailable("zero weights")
         directions: list[Tensor] = []
-        following = wide(point.gradient)
+        following = wide(point.gradient if self.start is None else self.start.to(point.gradient))
         for _ in range(self.k):
             before = length(following)
             for _ in range(2):  # once more: the first time leaves rounding errors of the size of what is left
@@ -239,7 +247,7 @@ class Krylov:
 
     def scaled(self, factor: float) -> Krylov:
         """As many products at another radius."""
-        return Krylov(self.k, self.scale * factor)
+        return Krylov(self.k, self.scale * factor, self.start)
 
 
 @dataclass(frozen=True, eq=False)

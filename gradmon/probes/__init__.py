@@ -17,6 +17,7 @@ from gradmon._evidence import (
 from gradmon.probes.gradient import batch_gradient
 from gradmon.probes.gradient import gradient_evidence as gradient_evidence
 from gradmon.probes.input_sweep import input_sweep
+from gradmon.probes.memory import Memory as Memory
 from gradmon.probes.passive import LISTENED as LISTENED
 from gradmon.probes.passive import PassiveProbe as PassiveProbe
 from gradmon.probes.per_example import gradient_moments, input_gradients, per_example
@@ -25,6 +26,7 @@ from gradmon.probes.scene import Scene as Scene
 from gradmon.probes.step import across as across
 from gradmon.probes.step import step, step_pair
 from gradmon.probes.step import step_evidence as step_evidence
+from gradmon.probes.watch import Keep as Keep
 from gradmon.probes.watch import StepWatch as StepWatch
 from gradmon.probes.watch import Taken as Taken
 from gradmon.probes.weight_sweep import curvature, scaled_sweep, weight_sweep

@@ -57,6 +57,11 @@ class PassiveProbe:
             experience=experience,
         )
 
+    @property
+    def armed(self) -> bool:
+        """Whether the hooks are there."""
+        return self._listener.armed
+
     def arm(self) -> None:
         """Attach the hooks for the coming step."""
         self._listener.arm()

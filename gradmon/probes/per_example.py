@@ -15,8 +15,6 @@ from gradmon._tensors import gram
 from gradmon.per_example import PerExampleResult, Wanted
 from gradmon.probes.scene import Scene
 
-_KINDS = frozenset({PerExampleGradients, GradientMoments})
-
 
 def per_example(scene: Scene) -> PerExampleGradients:
     """The Gram matrix of the examples' gradients.
@@ -37,18 +35,11 @@ def gradient_moments(scene: Scene) -> GradientMoments:
 
 
 def _gathered(scene: Scene, kind: type) -> PerExampleResult:
-    """One pass for all kinds of evidence that are going to be asked for."""
-    kinds = (scene.needed | {kind}) & _KINDS
-
-    def look() -> PerExampleResult:
-        wanted = Wanted(gram=PerExampleGradients in kinds, moments=GradientMoments in kinds, precise=True)
-        taken = scene.shares.run(wanted)
-        # The same pass has the input gradients, for whoever asks for them later, or hears then why they are missing.
-        with contextlib.suppress(Unavailable):
-            scene.once("input gradients", lambda: _inputs(scene, taken.inputs))
-        return taken.result
-
-    return scene.once(("examples", kinds), look)
+    found = scene.examples(kind)
+    # The same pass has the input gradients, for whoever asks for them later, or hears then why they are missing.
+    with contextlib.suppress(Unavailable):
+        scene.once("input gradients", lambda: _inputs(scene, found.inputs))
+    return found.result
 
 
 def gram_evidence(found: PerExampleResult, weights: Weights, micro_batches: int) -> PerExampleGradients:

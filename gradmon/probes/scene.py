@@ -11,14 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from gradmon._batches import batch_tensors
 from gradmon._errors import Unavailable
+from gradmon._evidence import GradientMoments, InputGradients, InputSweep, PerExampleGradients
 from gradmon._objective import Gradient, Objective
 from gradmon._tensors import length, wide
 from gradmon._types import Batch, Derivative
-from gradmon.per_example import Entry, Experience, PerExample, find_entry
+from gradmon.per_example import Entry, Pass, PerExample, Wanted, find_entry
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
+from gradmon.probes.memory import Memory
 
+_EXAMPLES = (PerExampleGradients, GradientMoments)
+_INPUTS = (InputGradients, InputSweep)
 _T = TypeVar("_T")
 Probe = Callable[["Scene"], Any]
 
@@ -41,7 +46,7 @@ class Scene:
         input_module: The module whose output is x; None to find x.
         seed: The seed of the samplers.
         needed: The kinds of evidence that will be asked for, so that one pass gathers what can be had together.
-        experience: What earlier probes found out about the examples' gradients.
+        memory: What earlier probes found out.
     """
 
     objective: Objective
@@ -57,7 +62,7 @@ class Scene:
     input_module: nn.Module | str | None = None
     seed: int = 0
     needed: frozenset[type] = frozenset()
-    experience: Experience = field(default_factory=Experience)
+    memory: Memory = field(default_factory=Memory)
     _seen: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False)
 
     def once(self, key: Any, make: Callable[[], _T]) -> _T:
@@ -91,11 +96,36 @@ class Scene:
         return self.once("gradient", self._gradient)
 
     def _gradient(self) -> Gradient:
-        gradient = self.objective.gauge()
+        gradient = self._together() or self.objective.gauge()
         finite = all(bool(torch.isfinite(part).all()) for part in gradient.parts)
         if not finite or gradient.loss != gradient.loss or abs(gradient.loss) == float("inf"):
             raise Unavailable("non-finite gradient")
         return gradient
+
+    def _together(self) -> Gradient | None:
+        """The gradient from the pass that looks at the examples, if there is going to be one, and it can be made."""
+        kinds = [kind for kind in _EXAMPLES if kind in self.needed]
+        if not kinds:
+            return None
+        try:
+            return self.examples(kinds[0]).gradient
+        except Unavailable:
+            return None
+
+    def examples(self, kind: type) -> Pass:
+        """One pass for all kinds of evidence about the examples that are going to be asked for.
+
+        Args:
+            kind: `PerExampleGradients` or `GradientMoments`.
+
+        Raises:
+            Unavailable: The examples' gradients cannot be told apart, or are not finite.
+        """
+        kinds = (self.needed | {kind}).intersection(_EXAMPLES)
+        wanted = Wanted(
+            gram=PerExampleGradients in kinds, moments=GradientMoments in kinds, precise=self.memory.precise
+        )
+        return self.once(("examples", kinds), lambda: self.shares.run(wanted))
 
     @property
     def epsilon(self) -> float:
@@ -107,12 +137,15 @@ class Scene:
         return self.once("epsilon", self._epsilon)
 
     def _epsilon(self) -> float:
-        first, again = self.gradient.parts, self.objective.gradient().parts
-        size = math.sqrt(sum(length(part) ** 2 for part in first))
-        gap = math.sqrt(sum(length(wide(a) - wide(b)) ** 2 for a, b in zip(first, again, strict=True)))
-        if not math.isfinite(gap):
-            raise Unavailable("the forward pass does not repeat itself")
-        return max(self.objective.epsilon, gap / size if size > 0 else 0.0)
+        first = self.gradient.parts
+        if self.memory.gap is None:
+            again = self.objective.gradient().parts
+            size = math.sqrt(sum(length(part) ** 2 for part in first))
+            gap = math.sqrt(sum(length(wide(a) - wide(b)) ** 2 for a, b in zip(first, again, strict=True)))
+            if not math.isfinite(gap):
+                raise Unavailable("the forward pass does not repeat itself")
+            self.memory.gap = gap / size if size > 0 else 0.0
+        return max(self.objective.epsilon, self.memory.gap)
 
     @property
     def entry(self) -> Entry:
@@ -121,17 +154,26 @@ class Scene:
         Raises:
             Unavailable: They cannot be found.
         """
-        return self.once("entry", lambda: find_entry(self.objective, self.input_module))
+        entries, batch = self.memory.entries, batch_tensors(self.objective.batch)
+        key = tuple((tensor.ndim, tensor.dtype) for tensor in batch)
+
+        def find() -> Entry:
+            if key not in entries:
+                entries[key] = find_entry(self.objective, self.input_module)
+            return entries[key]
+
+        return self.once("entry", find)
 
     @property
     def shares(self) -> PerExample:
-        """Per-example passes, with the examples' inputs where these can be found."""
+        """Per-example passes, with the examples' inputs where these are wanted and can be found."""
 
         def make() -> PerExample:
             try:
-                return PerExample(self.objective, self.entry, self.experience)
+                entry = self.entry if not self.needed or self.needed.intersection(_INPUTS) else None
+                return PerExample(self.objective, entry, self.memory.experience)
             except Unavailable:
-                return PerExample(self.objective, None, self.experience)
+                return PerExample(self.objective, None, self.memory.experience)
 
         return self.once("shares", make)
 

@@ -78,19 +78,26 @@ def step_pair(scene: Scene) -> StepPair:
     return across(taken, scene.objective, scene.once("after", lambda: _after(scene)), scene.next_batch)
 
 
-def across(taken: Step, objective: Objective, after: Sequence[Tensor], next_batch: object) -> StepPair:
-    """A step together with the gradients on the next batch.
+def across(
+    taken: Step,
+    objective: Objective,
+    after: Sequence[Tensor],
+    next_batch: object,
+    known: Sequence[Tensor] | None = None,
+) -> StepPair:
+    """A step together with the gradients on the next batch: two passes, or one.
 
     Args:
         taken: The step.
         objective: The objective at the weights before it, inside its sandbox.
         after: The weights after it.
         next_batch: The next batch.
+        known: The gradient on it after the step, if the training itself has taken it; one tensor per parameter.
     """
     weights = objective.weights
     other = objective.gradient(batch=next_batch)
-    other_after = objective.gradient(after, batch=next_batch)
-    return StepPair(taken, weights.pick(other.parts), weights.pick(other_after.parts))
+    other_after = objective.gradient(after, batch=next_batch).parts if known is None else known
+    return StepPair(taken, weights.pick(other.parts), weights.pick(other_after))
 
 
 def _after(scene: Scene) -> Sequence[Tensor]:

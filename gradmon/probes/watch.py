@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from gradmon._objective import dense
 from gradmon._parameters import Weights, trainable
+
+Keep = Literal["nothing", "weights", "gradients", "both"]
+"""What to keep of a step."""
 
 
 @dataclass(frozen=True)
@@ -18,16 +22,58 @@ class Taken:
     """What a step started from.
 
     Attributes:
-        values: The weights before it, one tensor per trainable parameter.
+        values: The weights before it, one tensor per trainable parameter; empty unless asked for.
         gradients: The gradients that the optimizer used, None for a parameter without one; empty unless asked for.
+        plain: Whether they are known to be those of one backward pass, as it left them.
     """
 
     values: list[Tensor]
     gradients: list[Tensor | None]
+    plain: bool = False
 
     def filled(self, layout: Weights) -> list[Tensor]:
         """The gradients with zeros in the place of those that are None."""
         return [dense(part, parameter) for part, parameter in zip(self.gradients, layout.parameters, strict=True)]
+
+
+class LeftBehind:
+    """What backward passes leave in some parameters' gradients, by hooks that are there for one step.
+
+    Args:
+        parameters: The parameters.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._seen: dict[int, tuple[int, Tensor]] = {}
+        self._parameters = list(parameters)
+        self._handles: list[RemovableHandle] = [
+            cast("Any", parameter).register_post_accumulate_grad_hook(self._note) for parameter in self._parameters
+        ]
+
+    def _note(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            count = self._seen[id(parameter)][0] + 1 if id(parameter) in self._seen else 1
+            self._seen[id(parameter)] = count, _norm(parameter.grad)
+
+    def unchanged(self) -> bool:
+        """Whether one backward pass made the gradients, and nobody (clipping, say) has changed them since."""
+        for parameter in self._parameters:
+            count, norm = self._seen.get(id(parameter), (0, None))
+            if parameter.grad is None and norm is None:
+                continue
+            if parameter.grad is None or norm is None or count != 1 or not bool(_norm(parameter.grad) == norm):
+                return False
+        return bool(self._seen)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def _norm(gradient: Tensor) -> Tensor:
+    return cast("Any", gradient).norm()
 
 
 class StepWatch:
@@ -36,8 +82,7 @@ class StepWatch:
     Args:
         optimizer: The optimizer.
         model: The model whose parameters are kept.
-        wanted: Whether the coming step is to be kept; asked before every step.
-        gradients: Whether to keep the gradients too.
+        wanted: What of the coming step is to be kept; asked before every step.
         failed: Told of an error in here, which never reaches the optimizer.
     """
 
@@ -45,15 +90,14 @@ class StepWatch:
         self,
         optimizer: Optimizer,
         model: nn.Module,
-        wanted: Callable[[], bool],
-        gradients: bool,
+        wanted: Callable[[], Keep],
         failed: Callable[[str, Exception], None],
     ) -> None:
         self._model = model
         self._wanted = wanted
-        self._gradients = gradients
         self._failed = failed
         self._taken: Taken | None = None
+        self._left: LeftBehind | None = None
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def take(self) -> Taken | None:
@@ -61,21 +105,34 @@ class StepWatch:
         taken, self._taken = self._taken, None
         return taken
 
+    def listen(self) -> None:
+        """See in the coming step whether its gradients stay as the backward pass leaves them."""
+        self._deafen()
+        self._left = LeftBehind(trainable(self._model).values())
+
+    def _deafen(self) -> None:
+        if self._left is not None:
+            self._left.remove()
+            self._left = None
+
     def close(self) -> None:
-        """Take the hook off the optimizer."""
+        """Take the hooks off."""
         self._hook.remove()
+        self._deafen()
         self._taken = None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         try:
-            if not self._wanted():
+            keep = self._wanted()
+            if keep == "nothing":
+                self._deafen()
                 return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
-            self._taken = taken = self._keep(optimizer, closure is not None)
+            self._taken = taken = self._keep(optimizer, keep, closure is not None)
         except Exception as error:
             self._failed("optimizer hook", error)
             return None
-        if closure is None or taken is None or not self._gradients:
+        if closure is None or taken is None or keep == "weights":
             return None
 
         def watched() -> Any:
@@ -90,12 +147,19 @@ class StepWatch:
 
         return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
 
-    def _keep(self, optimizer: Optimizer, later: bool) -> Taken | None:
+    def _keep(self, optimizer: Optimizer, keep: Keep, later: bool) -> Taken | None:
+        left, self._left = self._left, None
+        plain = left is not None and not later and left.unchanged()
+        if left is not None:
+            left.remove()
         overflow: Any = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
             return None  # a fused optimizer is about to skip this step
-        values = [parameter.detach().clone() for parameter in trainable(self._model).values()]
-        return Taken(values, self._read(optimizer) if self._gradients and not later else [])
+        parameters = trainable(self._model).values()
+        values = [] if keep == "gradients" else [parameter.detach().clone() for parameter in parameters]
+        scaled = getattr(optimizer, "grad_scale", None) is not None
+        gradients = [] if keep == "weights" or later else self._read(optimizer)
+        return Taken(values, gradients, plain and not scaled)
 
     def _read(self, optimizer: Optimizer) -> list[Tensor | None]:
         """The gradients that the optimizer is about to use, without the scale that a fused one takes off itself."""

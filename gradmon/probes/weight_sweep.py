@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._evidence import Curvature, ScaledSweep, WeightSweep
-from gradmon._tensors import gram, largest_quotient, working
+from gradmon._tensors import gram, largest_quotient, length, wide, working
 from gradmon.per_example import Wanted
 from gradmon.perturbations.weights import Krylov, WeightPoint, WeightSampler
 from gradmon.probes.scene import Scene
@@ -121,6 +122,7 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
     if sampler.span and any(scales):
         products = gram([*whole[0], *whole[1]])
         best = largest_quotient(products[count:, count:], products[:count, :count])[1]
+        scene.memory.direction = _along(whole[1], best)
     evidence = WeightSweep(
         coordinates=weights.coordinates,
         weights=weights.pick_flat(origin),
@@ -134,6 +136,14 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
         combination=best,
     )
     return _Sweep(evidence, products, sampler)
+
+
+def _along(changes: list[Tensor], combination: Tensor) -> Tensor | None:
+    """The direction of a combination of changes of the gradient, (P,); None where there is none."""
+    direction = sum(float(c) * wide(change) for c, change in zip(combination, changes, strict=True))
+    assert isinstance(direction, Tensor)
+    size = length(direction)
+    return (direction / size).to(changes[0]) if 0 < size < math.inf else None
 
 
 def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:

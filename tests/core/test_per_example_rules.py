@@ -1,5 +1,6 @@
 """Per-example rules and forms: each of them by itself, against gradients that were made one example after the other."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -908,6 +909,59 @@ def test_wrong_rule_for_a_module_that_cannot_be_looked_into(which):
     assert coverage["first.weight"] in ("replay", "repeat")
     close(found.gram, references.gram(H))
     close(found.means, H.mean(0))
+
+
+class Picking(MyLayer):
+    """Picks its rows itself."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x[mask])
+
+
+def my_rule_for_picked_rows(part):
+    x, mask = part.use.args
+    flow = x.new_zeros(*mask.shape, part.arrived[0].shape[1])
+    flow[mask] = part.arrived[0]
+    return [torch.einsum("nto,nti->noi", flow, x), flow.sum(1)]
+
+
+def with_frozen_layer():
+    model = net(lambda m, x, mask: m.head(m.last(x[mask]).tanh()), last=MyLayer(3, 4), head=nn.Linear(4, 2))
+    model.last.requires_grad_(False)
+    return model
+
+
+RAGGED = {
+    "by a mask": lambda: net(lambda m, x, mask: m.last(x[mask]).tanh(), last=MyLayer(3, 4)),
+    "by places": lambda: net(lambda m, x, mask: m.last(x[mask.nonzero(as_tuple=True)]).tanh(), last=MyLayer(3, 4)),
+    "after a layer": lambda: net(lambda m, x, mask: m.last(m.body(x).tanh()[mask]), body=MyLayer(3, 4),
+                                 last=MyLayer(4, 2)),
+    "before a layer": lambda: net(lambda m, x, mask: m.head(m.last(x[mask]).tanh()), last=MyLayer(3, 4),
+                                  head=nn.Linear(4, 2)),
+    "before a layer, frozen": with_frozen_layer,
+    "inside": lambda: net(lambda m, x, mask: m.last(x, mask).tanh(), last=Picking(3, 4)),
+    "inside, before a layer": lambda: net(lambda m, x, mask: m.head(m.last(x, mask).tanh()), last=Picking(3, 4),
+                                          head=nn.Linear(4, 2)),
+}  # fmt: skip
+
+
+def per_example(model, batch):
+    return model(*batch).square().sum() / len(batch[0])
+
+
+@pytest.mark.parametrize("which", RAGGED)
+def test_rule_for_a_module_that_is_called_on_rows_picked_by_a_mask(which):
+    """At last 24 rows of six examples, which are not four of each."""
+    rules = {**RULES, MyLayer: my_rule_in_plain_tensors, Picking: my_rule_for_picked_rows}
+    model, x = RAGGED[which]().double(), random(6, 5, 3)
+    for lengths in ([5] * 6, [4] * 6, [5, 5, 5, 4, 3, 2]):
+        mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+        problem = zoo.averaged_problem(model, per_example, (x, mask))
+        G = references.gram(references.shares(problem))
+        with contextlib.suppress(gradmon.Unavailable):
+            close(by_hooks(problem, rules, moments=False)[0].gram, G)
+        with contextlib.suppress(gradmon.Unavailable):
+            close(gradmon.per_example_gram(problem.model, problem.loss, problem.batch, rules=rules), G)
 
 
 @pytest.mark.parametrize("which", ["twice as much", "not a number", "RuntimeError", "flat", "does not know"])

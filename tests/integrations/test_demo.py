@@ -239,7 +239,7 @@ def test_few_metrics_and_no_server(port, tmp_path, capsys):
 def test_interrupted_it_flushes_closes_and_judges(monkeypatch, tmp_path, capsys):
     def interrupting(every, steps):
         def schedule(step):
-            if step == 4:
+            if step == 5:  # asked at the end of step 4, when its readings are written
                 raise KeyboardInterrupt
             return True
 
@@ -258,7 +258,7 @@ def test_interrupted_it_flushes_closes_and_judges(monkeypatch, tmp_path, capsys)
     assert [json.loads(line)["kind"] for line in lines][:2] == ["run", "reading"]
     events = EventAccumulator(str(tmp_path / "healthy"))
     events.Reload()
-    assert [event.step for event in events.Scalars("health/loss")] == [1, 2, 3]
+    assert [event.step for event in events.Scalars("health/loss")] == [1, 2, 3, 4]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a single process")

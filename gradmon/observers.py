@@ -1,0 +1,310 @@
+"""How a monitor looks at a step: by passes of its own, or at nothing but the training's own passes and steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from gradmon._errors import Unavailable
+from gradmon._evidence import BatchGradient, Step, StepPair
+from gradmon._objective import Objective
+from gradmon._parameters import Weights
+from gradmon._reading import Reading
+from gradmon._tensors import length, wide
+from gradmon._types import Batch, Derivative, Loss, Reduction
+from gradmon.masks import Mask
+from gradmon.metrics import Metric
+from gradmon.perturbations.inputs import InputSampler
+from gradmon.perturbations.weights import Krylov, WeightSampler
+from gradmon.probes import (
+    LISTENED,
+    PROBES,
+    Keep,
+    Memory,
+    PassiveProbe,
+    Scene,
+    StepWatch,
+    Taken,
+    across,
+    gradient_evidence,
+    step_evidence,
+)
+from gradmon.reading import Pending, Reader
+
+
+@dataclass
+class Setting:
+    """What is looked at, and how; the same for all probes of a monitor.
+
+    Attributes:
+        model: The model.
+        optimizer: The optimizer whose steps are looked at; None for none.
+        mask: The coordinates to look at; None for all.
+        weights: The sampler of weight perturbations; None to track the direction along which the gradient changes most.
+        inputs: The sampler of input perturbations.
+        derivative: How the gradient's change along a weight perturbation is taken.
+        micro_batches: Into how many parts the metrics over batch means divide the batch.
+        input_module: The module whose output is x; None to find x.
+        seed: The seed of the samplers.
+        memory: What is remembered from probe to probe.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer | None
+    mask: Mask | None
+    weights: WeightSampler | None
+    inputs: InputSampler
+    derivative: Derivative
+    micro_batches: int
+    input_module: nn.Module | str | None
+    seed: int
+    memory: Memory
+
+    def layout(self) -> Weights:
+        """The layout of `w`."""
+        return Weights(self.model, None if self.mask is None else self.mask.picks(self.model))
+
+
+class Observer(Protocol):
+    """Looks at the steps of a training.
+
+    Attributes:
+        pending: The probed step that waits for the next batch.
+        listens: Whether hooks are on the model, which make the coming step take longer.
+    """
+
+    pending: Pending | None
+
+    @property
+    def listens(self) -> bool:
+        """Whether hooks are on the model."""
+        ...
+
+    def prepare(self, watch: StepWatch | None, metrics: Sequence[Metric]) -> None:
+        """Attach what the coming step needs, in which these metrics are due; take off what it does not."""
+        ...
+
+    def keep(self, metrics: Sequence[Metric]) -> Keep:
+        """What of the coming optimizer step is to be kept; it is about to be taken."""
+        ...
+
+    def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
+        """The readings of these metrics for the step that was just taken; some may have to wait for the next batch."""
+        ...
+
+    def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
+        """The readings that waited for this batch."""
+        ...
+
+    def close(self) -> None:
+        """Take everything off."""
+        ...
+
+
+class ActiveObserver:
+    """Looks by passes of its own, at the weights before the step.
+
+    Args:
+        setting: What is looked at, and how.
+        loss: The loss.
+        reduction: How one value per example becomes the batch loss.
+        reader: Makes readings.
+    """
+
+    def __init__(self, setting: Setting, loss: Loss, reduction: Reduction, reader: Reader) -> None:
+        self._setting, self._loss, self._reader = setting, loss, reader
+        self._reduction: Reduction = reduction
+        self.pending: Pending | None = None
+
+    @property
+    def listens(self) -> bool:
+        """Never: a pass of its own costs when it is made."""
+        return False
+
+    def prepare(self, watch: StepWatch | None, metrics: Sequence[Metric]) -> None:
+        """See in the step after a probed one whether its gradient can be used as it is."""
+        if watch is not None and self.pending is not None and self.pending.plain:
+            watch.listen()
+
+    def keep(self, metrics: Sequence[Metric]) -> Keep:
+        """The weights before a scheduled step; gradients where what compares with the next batch can use them."""
+        follows = self.pending is not None and self.pending.plain
+        if not metrics:
+            return "gradients" if follows else "nothing"
+        return "both" if follows or any(StepPair in metric.needs for metric in metrics) else "weights"
+
+    def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
+        """What the passes show."""
+        setting, layout = self._setting, self._setting.layout()
+        setting.memory.begin()
+        after = [parameter.detach() for parameter in layout.parameters]
+        before = after if taken is None or not taken.values else taken.values
+        with Objective(setting.model, self._loss, batch, layout, self._reduction, before) as objective:
+            scene = Scene(
+                objective,
+                PROBES,
+                weight_sampler=self._sampler(layout.total, metrics),
+                input_sampler=setting.inputs,
+                derivative=setting.derivative,
+                micro_batches=setting.micro_batches,
+                optimizer=setting.optimizer,
+                # Without a step that was seen (a skipped one, under a gradient scaler) there is none to look at.
+                after=None if taken is None else after,
+                trial=False,
+                input_module=setting.input_module,
+                seed=setting.seed + number,
+                needed=frozenset(kind for m in metrics if m.name not in self._reader.given_up for kind in m.needs),
+                memory=setting.memory,
+            )
+            with contextlib.suppress(Unavailable):  # which every metric then says for itself
+                scene.gradient  # noqa: B018 - a loss that fails fails once, and not for every metric again
+            return self._read(scene, number, [value.clone() for value in after], taken, metrics)
+
+    def _sampler(self, total: int, metrics: Sequence[Metric]) -> WeightSampler:
+        """The perturbations of the weights: those asked for, or one product along the direction that is tracked."""
+        setting = self._setting
+        if setting.weights is not None:
+            return setting.weights
+        direction = setting.memory.direction
+        tracked = direction is not None and direction.numel() == total and not setting.memory.checks
+        several = any(metric.name == "weight_diversity" for metric in metrics)
+        return Krylov(1, start=direction) if tracked and not several else Krylov()
+
+    def _read(
+        self, scene: Scene, number: int, after: list[Tensor], taken: Taken | None, metrics: Sequence[Metric]
+    ) -> list[Reading]:
+        waiting: list[tuple[Metric, list[Any]]] = []
+        readings: list[Reading] = []
+        for metric in metrics:
+            # What compares with the next batch waits for it; what is missing already says so now.
+            waits = StepPair in metric.needs
+            kinds = [Step if kind is StepPair else kind for kind in metric.needs]
+            found = self._reader.read(metric, lambda k=kinds: [scene.get(kind) for kind in k], number, gather=waits)
+            readings += found
+            if waits and not found:
+                waiting.append((metric, [scene.get(kind) for kind in kinds]))
+        if waiting:
+            state, before = scene.objective.sandbox.random, scene.objective.base
+            plain = taken is not None and _is_plain(taken, scene)
+            self.pending = Pending(number, scene.get(Step), list(before), after, waiting, state, plain)
+        return readings
+
+    def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
+        """One pass on the next batch, or two where its gradient after the step is not at hand."""
+        layout = self._setting.layout()
+        known = taken.filled(layout) if taken is not None and taken.plain and taken.gradients else None
+        with Objective(
+            self._setting.model, self._loss, batch, layout, self._reduction, pending.before, pending.random
+        ) as objective:
+            pair = across(pending.step, objective, pending.after, batch, known)
+        return self._reader.complete(pending, pair)
+
+    def close(self) -> None:
+        """Let the step that waits go."""
+        self.pending = None
+
+
+def _is_plain(taken: Taken, scene: Scene) -> bool:
+    """Whether the gradient that the optimizer used is, up to rounding, that of the batch: not clipped, not summed."""
+    if not taken.gradients:
+        return False
+    layout, own = scene.objective.weights, scene.gradient.parts
+    gaps = [wide(a) - wide(b) for a, b in zip(taken.filled(layout), own, strict=True)]
+    size, gap = (math.sqrt(sum(length(part) ** 2 for part in parts)) for parts in (own, gaps))
+    return gap <= 32 * scene.epsilon * size
+
+
+class PassiveObserver:
+    """Looks at what the training's own passes, gradients and steps reveal, as they are when the optimizer steps.
+
+    Args:
+        setting: What is looked at, and how.
+        metrics: All metrics that may be due.
+        whole: Whether the examples' inner products are taken over all coordinates, whatever the mask.
+        example_dim: The dimension of the model's inputs that holds the examples; None for the first.
+        reader: Makes readings.
+    """
+
+    def __init__(
+        self, setting: Setting, metrics: Sequence[Metric], whole: bool, example_dim: int | None, reader: Reader
+    ) -> None:
+        self._setting, self._reader = setting, reader
+        self.pending: Pending | None = None
+        needed = frozenset(kind for metric in metrics for kind in metric.needs)
+        self._probe: PassiveProbe | None = None
+        if needed & LISTENED:
+            self._probe = PassiveProbe(
+                setting.model, needed, None if whole else setting.mask, setting.mask, setting.micro_batches,
+                example_dim, setting.input_module, setting.memory.experience,
+            )  # fmt: skip
+
+    @property
+    def listens(self) -> bool:
+        """Whether hooks are on the model, which make the coming step take longer."""
+        return self._probe is not None and self._probe.armed
+
+    def prepare(self, watch: StepWatch | None, metrics: Sequence[Metric]) -> None:
+        """Listen to the passes of the coming step if the examples are to be looked at; else leave nothing attached."""
+        if self._probe is not None:
+            listens = any(LISTENED.intersection(metric.needs) for metric in metrics)
+            (self._probe.arm if listens else self._probe.disarm)()
+
+    def keep(self, metrics: Sequence[Metric]) -> Keep:
+        """Weights and gradients of a scheduled step, and gradients of the one after it."""
+        if self._probe is not None:
+            self._probe.freeze()
+        if metrics:
+            return "both"
+        return "gradients" if self.pending is not None else "nothing"
+
+    def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
+        """What the training has revealed."""
+        layout = self._setting.layout()
+        listened = any(LISTENED.intersection(metric.needs) for metric in metrics)
+        gathered = self._probe.gather(batch) if self._probe is not None and listened else {}
+        step, finite = None, True
+        if taken is not None:
+            gradients = taken.filled(layout)
+            seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
+            after = [parameter.detach() for parameter in layout.parameters]
+            step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
+            gathered |= {BatchGradient: lambda: seen, Step: lambda: step}
+            finite = math.isfinite(seen.gradient_norm)
+
+        def gather(kinds: tuple[type, ...]) -> list[Any]:
+            if not finite:
+                raise Unavailable("non-finite gradient")
+            if any(kind not in gathered for kind in kinds):
+                raise Unavailable("no optimizer step was taken")
+            return [gathered[kind]() for kind in kinds]
+
+        readings: list[Reading] = []
+        waiting: list[tuple[Metric, list[Any]]] = []
+        for metric in metrics:
+            if StepPair in metric.needs and finite and step is not None:
+                waiting.append((metric, [step]))
+            else:
+                kinds = tuple(Step if kind is StepPair else kind for kind in metric.needs)
+                readings += self._reader.read(metric, lambda k=kinds: gather(k), number)
+        if waiting and step is not None:
+            self.pending = Pending(number, step, [], [], waiting, None)
+        return readings
+
+    def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
+        """The step and the gradient that the optimizer used in the next one."""
+        if taken is None:
+            return []
+        layout = self._setting.layout()
+        return self._reader.complete(pending, StepPair(pending.step, None, layout.pick(taken.filled(layout))))
+
+    def close(self) -> None:
+        """Take the hooks off, and let the step that waits go."""
+        if self._probe is not None:
+            self._probe.disarm()
+        self.pending = None

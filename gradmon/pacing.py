@@ -1,0 +1,166 @@
+"""What is due in which step, and what it costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from gradmon._evidence import (
+    BatchGradient,
+    Curvature,
+    GradientMoments,
+    InputGradients,
+    InputSweep,
+    PerExampleGradients,
+    ScaledSweep,
+    Step,
+    StepPair,
+    WeightSweep,
+)
+from gradmon._reading import Reading
+from gradmon.metrics import Metric
+from gradmon.publishing import Failures
+from gradmon.schedules import Ledger, Schedule, budget
+
+_GROUPS: dict[type, str] = {
+    BatchGradient: "gradient",
+    PerExampleGradients: "examples",
+    GradientMoments: "examples",
+    InputGradients: "examples",
+    WeightSweep: "weights",
+    Curvature: "weights",
+    Step: "step",
+    StepPair: "step",
+    ScaledSweep: "scaled",
+    InputSweep: "inputs",
+}
+"""The evidence that is gathered together."""
+_ORDER = ("gradient", "examples", "weights", "step", "scaled", "inputs", "other")
+"""What costs less first."""
+_PASSIVE_ORDER = ("gradient", "step", "examples", "other")
+
+
+class Pacer:
+    """Knows the time of the training and of the monitor, and says which metrics are due.
+
+    Args:
+        schedule: When to look.
+        metrics: All metrics.
+        passive: Whether only the training's own passes are looked at.
+        device: Where the model is.
+        failures: Where errors of the schedule are counted.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule | budget,
+        metrics: Sequence[Metric],
+        passive: bool,
+        device: torch.device,
+        failures: Failures,
+    ) -> None:
+        self._schedule, self._failures, self._device = schedule, failures, device
+        self._budget = schedule if isinstance(schedule, budget) else None
+        self._ledger = Ledger() if self._budget is None else self._budget.ledger
+        self._groups: dict[str, list[Metric]] = {name: [] for name in (_PASSIVE_ORDER if passive else _ORDER)}
+        for metric in metrics:
+            groups = {_GROUPS.get(kind, "other") for kind in metric.needs}
+            self._groups[max(groups, key=list(self._groups).index)].append(metric)
+        self._groups = {name: held for name, held in self._groups.items() if held}
+        self._all = list(metrics)
+        self._order = list(self._groups)
+        self._left: float | None = None
+        self._now = time.perf_counter()
+        self._event: Any = None
+        self._listened, self._listening = False, 0.0
+        self._due: frozenset[str] = frozenset()
+
+    def due(self, step: int) -> list[Metric]:
+        """The metrics to look at in the coming step; to be asked once for each step."""
+        if self._budget is None:
+            schedule: Any = self._schedule
+            due = self._failures.guard("schedule", lambda: bool(schedule(step)), False)
+            self._due = frozenset(self._order) if due else frozenset()
+            return self._all if due else []
+        self._due = self._budget.choose(self._order)
+        if not self._due:
+            return []
+        chosen = {metric.name for group in self._due for metric in self._groups[group]}
+        return [metric for metric in self._all if metric.name in chosen]
+
+    def enter(self) -> None:
+        """A step of the training is over, and the monitor begins its own work."""
+        self._now = time.perf_counter()
+        self._event, self._listening = None, 0.0
+        if self._left is None:
+            return
+        lasted, usual = self._now - self._left, self._ledger.usual
+        if self._listened and usual > 0:  # what is beyond the usual is what listening took
+            self._listening = max(0.0, lasted - usual)
+            lasted = min(lasted, usual)
+            self._ledger.spent(self._listening)
+        self._ledger.trained(lasted)
+
+    def begin(self) -> None:
+        """Passes of our own begin: on CUDA what was queued before them is the training's."""
+        if self._device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)
+            self._event.record(torch.cuda.current_stream(self._device))
+
+    def looked(self, *, again: bool = False) -> float:
+        """Passes of our own are over.
+
+        Args:
+            again: Whether they belong to the step before, of which a part was still to come.
+
+        Returns:
+            How long they, and listening before, took, in seconds.
+        """
+        took = self._elapsed()
+        self._ledger.spent(took)
+        if not again:
+            took += self._listening
+        if self._budget is not None:
+            groups = {"step"} if again else self._due
+            self._budget.looked([g for g in self._order if g in groups] or self._order[-1:], took, more=again)
+        return took
+
+    def _elapsed(self) -> float:
+        """The seconds since the last time it was asked, without those that the training's own work on CUDA took."""
+        before, self._now = self._now, time.perf_counter()
+        took = self._now - before
+        if self._event is not None:
+            end = torch.cuda.Event(enable_timing=True)
+            end.record(torch.cuda.current_stream(self._device))
+            end.synchronize()  # nothing is in flight any more where numbers have been read
+            waited = max(0.0, took - self._event.elapsed_time(end) / 1e3)
+            self._event = None
+            self._ledger.total += waited
+            took -= waited
+        return took
+
+    def leave(self, listens: bool) -> None:
+        """The monitor is done with this step, and is going to listen to the next one, or not."""
+        self._ledger.spent(self._elapsed())
+        self._left, self._listened = self._now, listens
+
+    def readings(self, step: int, took: float) -> list[Reading]:
+        """What the monitor itself costs."""
+        return [
+            Reading("probe_seconds", took, step),
+            Reading("monitor_overhead", self._ledger.overhead, step)
+            if self._ledger.steps
+            else Reading("monitor_overhead", float("nan"), step, reason="no step has been timed yet"),
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as plain types."""
+        return {} if self._budget is None else self._budget.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what was saved."""
+        if state and self._budget is not None:
+            self._budget.load_state_dict(state)
