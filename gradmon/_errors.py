@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+OUT_OF_MEMORY = "out of memory"
+"""The reason of a number that is missing because memory ran out."""
+
 
 class GradmonError(Exception):
     """Base of every error that gradmon raises on purpose."""

@@ -19,6 +19,7 @@ class Reading(NamedTuple):
         scale: For finite differences, the relative radius ``||omega|| / ||w||`` at which it was taken.
         resolution: For finite differences, the estimated relative rounding error of `value`.
         reason: Why `value` is NaN or infinite; None otherwise.
+        blame: The layers with the largest parts in it, at most three, the largest first.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Reading(NamedTuple):
     scale: float | None = None
     resolution: float | None = None
     reason: str | None = None
+    blame: tuple[str, ...] = ()
 
 
 class Alert(NamedTuple):
@@ -42,6 +44,7 @@ class Alert(NamedTuple):
         layer: Its layer, if it has one.
         message: What was seen, in words, with the number and the limit.
         remedy: What to change.
+        blame: The layers that have the largest parts in it, at most three, the largest first.
     """
 
     rule: str
@@ -52,3 +55,4 @@ class Alert(NamedTuple):
     layer: str | None
     message: str
     remedy: str
+    blame: tuple[str, ...] = ()

@@ -11,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from gradmon._errors import OUT_OF_MEMORY, Unavailable
+
 _CHUNK = 1 << 20
 _WORTH_HALVING = 1 << 23
 """The multiplications from which on a product in pieces takes less time than in one call."""
@@ -24,6 +26,14 @@ def wide(tensor: Tensor) -> Tensor:
 def working(tensor: Tensor) -> Tensor:
     """The tensor in at least float32, where sums and differences of half-precision numbers keep their digits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether an error says that a device, or the machine, has no memory left."""
+    if isinstance(error, Unavailable):
+        return error.reason == OUT_OF_MEMORY
+    # On the CPU torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def to_plain(tensor: Tensor) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from gradmon.per_example import RULES, Experience, PerExample, PerExampleResult,
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
 from gradmon.probes import PROBES, Memory, Scene
+
+_BLAMED = 3
+"""How many layers a reading names at most."""
 
 
 def measure(
@@ -133,11 +136,11 @@ def readings_from(metric: Metric, evidence: Sequence[Any], *, layers: bool, step
     value = found if isinstance(found, Value) else Value(float(found))
     if math.isnan(value.value):
         raise Unavailable(value.reason or "not a number")
-    readings = [Reading(metric.name, value.value, step, None, value.scale, value.resolution, value.reason)]
-    if layers and metric.layers is not None:
-        parts = metric.layers(*evidence)
-        readings += [Reading(metric.name, part, step, layer, value.scale) for layer, part in parts.items()]
-    return readings
+    parts: Mapping[str, float] = {} if metric.layers is None else metric.layers(*evidence)
+    blame = sorted((layer for layer, part in parts.items() if part > 0), key=lambda layer: -parts[layer])[:_BLAMED]
+    whole = Reading(metric.name, value.value, step, None, value.scale, value.resolution, value.reason, tuple(blame))
+    single = [Reading(metric.name, part, step, layer, value.scale) for layer, part in parts.items()] if layers else []
+    return [whole, *single]
 
 
 def _layout(model: nn.Module, mask: Mask | float | None) -> Weights:

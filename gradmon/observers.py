@@ -241,7 +241,7 @@ class PassiveObserver:
         if needed & LISTENED:
             self._probe = PassiveProbe(
                 setting.model, needed, None if whole else setting.mask, setting.mask, setting.micro_batches,
-                example_dim, setting.input_module, setting.memory.experience,
+                example_dim, setting.input_module, setting.memory,
             )  # fmt: skip
 
     @property

@@ -157,6 +157,8 @@ def check_options(
             raise ArgumentError(name, f"be a sampler of gradmon.perturbations.{name}", type(sampler).__name__)
     if derivative not in ("finite", "exact"):
         raise ArgumentError("derivative", 'be "finite" or "exact"', repr(derivative))
+    if derivative == "finite" and getattr(weights, "exact", False):
+        raise ArgumentError("derivative", f'be "exact" for {type(weights).__name__}', '"finite"')
     if isinstance(micro_batches, bool) or not isinstance(micro_batches, int) or micro_batches < 2:
         raise ArgumentError("micro_batches", "be an integer of at least 2", micro_batches)
     if optimizer is not None and not isinstance(optimizer, Optimizer):

@@ -117,8 +117,8 @@ class Publisher:
         """Rules, active alerts and newest readings, as plain types."""
         return {
             "rules": {rule.name: rule.state_dict() for rule in self._rules if hasattr(rule, "state_dict")},  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-            "alerts": [list(alert) for alert in self._active.values()],
-            "readings": {name: list(reading) for name, reading in self._readings.items()},
+            "alerts": [_plain(alert) for alert in self._active.values()],
+            "readings": {name: _plain(reading) for name, reading in self._readings.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -126,9 +126,17 @@ class Publisher:
         for rule in self._rules:
             if rule.name in state["rules"] and hasattr(rule, "load_state_dict"):
                 rule.load_state_dict(state["rules"][rule.name])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-        alerts = [Alert(*alert) for alert in state["alerts"]]
+        alerts = [Alert(**_fields(alert)) for alert in state["alerts"]]
         self._active = {(alert.rule, alert.layer): alert for alert in alerts}
-        self._readings = {name: Reading(*reading) for name, reading in state["readings"].items()}
+        self._readings = {name: Reading(**_fields(reading)) for name, reading in state["readings"].items()}
+
+
+def _plain(held: Reading | Alert) -> dict[str, Any]:
+    return {**held._asdict(), "blame": list(held.blame)}
+
+
+def _fields(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {**plain, "blame": tuple(plain["blame"])}
 
 
 def _checked(alerts: str | Iterable[Rule] | None) -> list[Rule]:

@@ -17,6 +17,8 @@ Schedule = Callable[[int], bool]
 _FIRST = {"gradient": 4.0, "examples": 40.0, "weights": 25.0, "step": 25.0, "scaled": 40.0, "inputs": 150.0}
 """What the first probe of a group of metrics is expected to take, in training steps."""
 _FIRST_OF_OTHERS = 40.0
+_PART = 0.9
+"""The part of a budget that is given to what can be timed; the rest is for hooks, and for what takes longer."""
 _PAUSE = 10
 """How many usual steps the time between two steps counts at most."""
 _MEDIAN_OF = 51
@@ -172,26 +174,25 @@ class budget:  # noqa: N801 - as above
             groups: All there are, those that cost less first.
         """
         ledger = self.ledger
-        allowed = self.fraction * ledger.total
+        allowed = _PART * self.fraction * ledger.total
         if not groups or ledger.own >= allowed:
             return frozenset()
         share = allowed / len(groups)
-        behind: list[tuple[float, str]] = []
-        for group in groups:
+        behind: list[tuple[float, int]] = []
+        for place, group in enumerate(groups):
             cost, before = self.expected(group), self._spent.get(group, 0.0)
             known = group in self._costs
             if (before + cost <= share if known else ledger.own + cost <= allowed) and self._fits(cost, allowed):
-                behind.append(((before + cost) if known else 0.0, group))
+                behind.append((before + cost if known else 0.0, place))
         if not behind:
             return frozenset()
         chosen = min(behind)[1]
-        before = groups[: groups.index(chosen)]
-        return frozenset({chosen, *(group for group in before if group in self._costs)})
+        return frozenset({groups[chosen], *(group for group in groups[:chosen] if group in self._costs)})
 
     def _fits(self, cost: float, allowed: float) -> bool:
         total, own = self.ledger.recent
-        if cost <= self.fraction * self.ledger.window * self.ledger.usual:
-            return own + cost <= self.fraction * total
+        if cost <= _PART * self.fraction * self.ledger.window * self.ledger.usual:
+            return own + cost <= _PART * self.fraction * total
         return self.ledger.own + cost <= allowed
 
     def looked(self, groups: Sequence[str], seconds: float, *, more: bool = False) -> None:

@@ -83,7 +83,10 @@ class Switching(ABC):
             return None
         self._firing[layer], self._against[layer] = not firing, 0
         state: State = "resolved" if firing else "firing"
-        return Alert(self.name, self.severity, state, reading.value, reading.step, layer, found.message, self.remedy)
+        message, blame = found.message, () if firing else reading.blame
+        if blame:
+            message += f" Mostly in {', '.join(f'`{name}`' for name in blame)}."
+        return Alert(self.name, self.severity, state, reading.value, reading.step, layer, message, self.remedy, blame)
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""

@@ -8,8 +8,9 @@ from types import TracebackType
 
 import torch
 
-from gradmon._errors import Unavailable
+from gradmon._errors import OUT_OF_MEMORY, Unavailable
 from gradmon._sandbox import QUIET, full_precision, packing_hook, unpacked
+from gradmon._tensors import ran_out
 
 
 class Guard:
@@ -51,8 +52,8 @@ class Guard:
         QUIET.depth -= 1
         if isinstance(error, Unavailable):
             self._fail(error.reason)
-        elif isinstance(error, torch.OutOfMemoryError):
-            self._fail("out of memory")
+        elif isinstance(error, Exception) and ran_out(error):
+            self._fail(OUT_OF_MEMORY)
         elif isinstance(error, Exception):
             self._fail(f"{type(error).__name__}: {error}")
         return isinstance(error, Exception)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ class WeightPoint:
         example: ``example(i)`` is the gradient h_i of one example, (P,).
         examples: The number B of examples.
         generator: The source of randomness, on the CPU.
+        product: From a direction v, (P,), to the Hessian product ``H v``; None where only differences are taken.
     """
 
     weights: Sequence[Tensor]
@@ -38,6 +39,7 @@ class WeightPoint:
     example: Callable[[int], Tensor]
     examples: int
     generator: torch.Generator
+    product: Callable[[Tensor], Tensor] | None = None
 
     @property
     def norm(self) -> float:
@@ -248,6 +250,70 @@ class Krylov:
     def scaled(self, factor: float) -> Krylov:
         """As many products at another radius."""
         return Krylov(self.k, self.scale * factor, self.start)
+
+
+@dataclass(frozen=True)
+class Lanczos:
+    """The two ends of the Hessian's spectrum, to a tolerance, by the restarted Lanczos method (ARPACK, through scipy).
+
+    Many exact products (some tens to hundreds), for which ``derivative`` must be ``"exact"``: the slow cross-check of
+    the other samplers, for tests and research. Over the span of its two directions `weight_condition` is
+    ``||H|| ||w|| / ||h||``, and `sharpness` the largest eigenvalue, both as exact as the tolerance.
+
+    Args:
+        tolerance: The relative accuracy of the eigenvalues; 0 for that of the machine.
+        scale: The radius relative to ``||w||``, of which an exact product knows nothing.
+
+    Raises:
+        ArgumentError: An argument is out of range.
+    """
+
+    tolerance: float = 1e-6
+    scale: float = 1e-3
+    span: ClassVar[bool] = True
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_radius("scale", self.scale)
+        if self.tolerance:
+            check_radius("tolerance", self.tolerance)
+
+    def draw(self, point: WeightPoint) -> Perturbations:
+        """Yield the eigenvectors of the largest and of the smallest eigenvalue, (P,).
+
+        Raises:
+            ArgumentError: There are no exact products.
+            Unavailable: The weights are zero, or the method did not converge.
+        """
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh  # pyright: ignore
+
+        product = point.product
+        if product is None:
+            raise ArgumentError("derivative", 'be "exact" for `Lanczos`', '"finite"')
+        radius, size = self.scale * point.norm, point.gradient.numel()
+        if radius == 0:
+            raise Unavailable("zero weights")
+
+        def multiply(vector: Any) -> Any:
+            given = torch.tensor(vector.reshape(-1)).to(point.gradient)
+            return wide(product(given)).cpu().numpy()
+
+        if size < 3:  # too small for ARPACK
+            for row in torch.eye(size, dtype=point.gradient.dtype, device=point.gradient.device):
+                yield row * radius
+            return
+        start = torch.randn(size, generator=point.generator, dtype=torch.float64).numpy()
+        operator: Any = cast("Any", LinearOperator)((size, size), matvec=multiply, dtype="float64")
+        try:
+            found: Any = cast("Any", eigsh)(operator, k=2, which="BE", v0=start, tol=self.tolerance)
+        except ArpackNoConvergence as error:
+            raise Unavailable(f"Lanczos' method did not converge: {error}") from error
+        for vector in found[1].T[::-1]:
+            yield torch.tensor(vector.copy()).to(point.gradient) * radius
+
+    def scaled(self, factor: float) -> Lanczos:
+        """The same directions at another radius."""
+        return Lanczos(self.tolerance, self.scale * factor)
 
 
 @dataclass(frozen=True, eq=False)

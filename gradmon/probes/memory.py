@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradmon._tensors import from_plain, to_plain
@@ -48,6 +50,14 @@ class Memory:
             self.gap = None
             self.entries.clear()
         self.probes += 1
+
+    def relieve(self) -> None:
+        """Memory ran out: let go what can be let go, and make do with half as much from now on."""
+        self.experience.max_memory = max(1, self.experience.max_memory // 2)
+        self.experience.scratch = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def state_dict(self) -> dict[str, Any]:
         """What cannot be found out again, as plain types."""

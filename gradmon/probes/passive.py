@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from gradmon._errors import Unavailable
 from gradmon._evidence import GradientMoments, InputGradients, PerExampleGradients
 from gradmon._parameters import Weights
+from gradmon._tensors import ran_out
 from gradmon._types import Batch
 from gradmon.masks import Mask
-from gradmon.per_example import Experience, Listener, PerExampleResult
+from gradmon.per_example import Listener, PerExampleResult
+from gradmon.probes.memory import Memory
 from gradmon.probes.per_example import gram_evidence, input_evidence, moments_evidence
 
 LISTENED: frozenset[type] = frozenset({PerExampleGradients, GradientMoments, InputGradients})
@@ -30,7 +32,10 @@ class PassiveProbe:
         micro_batches: Into how many parts the metrics over batch means divide the batch.
         example_dim: The dimension of the model's inputs that holds the examples; None for the first.
         input_module: The module whose output is an example's input x; None to find it.
-        experience: Rules, bounds, and what earlier probes found out.
+        memory: What earlier probes found out.
+
+    Attributes:
+        given_up: Why it does not listen any more; None where it does.
     """
 
     def __init__(
@@ -42,7 +47,7 @@ class PassiveProbe:
         micro_batches: int,
         example_dim: int | None,
         input_module: nn.Module | str | None,
-        experience: Experience,
+        memory: Memory,
     ) -> None:
         self._model, self._micro_batches = model, micro_batches
         self._listener = Listener(
@@ -54,8 +59,22 @@ class PassiveProbe:
             moments_mask=moments_mask if moments_mask is not mask else None,
             example_dim=example_dim,
             input_module=input_module,
-            experience=experience,
+            experience=memory.experience,
         )
+        self._memory, self._short = memory, False
+        self.given_up: str | None = None
+
+    def _judged(self, missing: Unavailable) -> Unavailable:
+        """Make do with half of the memory where it ran out; where it does so again, listen no more."""
+        if not ran_out(missing):
+            return missing
+        if self._short:
+            self.given_up = "out of memory, and also with half of max_memory: given up"
+            self._listener.disarm()
+            return Unavailable(self.given_up)
+        self._short = True
+        self._memory.relieve()
+        return missing
 
     @property
     def armed(self) -> bool:
@@ -63,8 +82,9 @@ class PassiveProbe:
         return self._listener.armed
 
     def arm(self) -> None:
-        """Attach the hooks for the coming step."""
-        self._listener.arm()
+        """Attach the hooks for the coming step, unless it was given up."""
+        if self.given_up is None:
+            self._listener.arm()
 
     def disarm(self) -> None:
         """Take the hooks off."""
@@ -78,19 +98,25 @@ class PassiveProbe:
         """What the step has shown: for each kind of evidence a function that returns it, or says why there is none."""
         gradients = self._listener.input_gradients
         found: PerExampleResult | Unavailable
+        if self.given_up is not None:
+            missing = Unavailable(self.given_up)
+            return dict.fromkeys(LISTENED, lambda: _raise(missing))
         try:
             found = self._listener.collect(batch)
+            self._short = False
         except Unavailable as missing:
-            found = missing
+            found = self._judged(missing)
         weights = Weights(self._model)
 
         def result() -> PerExampleResult:
-            if isinstance(found, Unavailable):
-                raise found.with_traceback(None)
-            return found
+            return _raise(found) if isinstance(found, Unavailable) else found
 
         return {
             PerExampleGradients: lambda: gram_evidence(result(), weights, self._micro_batches),
             GradientMoments: lambda: moments_evidence(result()),
             InputGradients: lambda: input_evidence(gradients()) if result() else None,
         }
+
+
+def _raise(missing: Unavailable) -> NoReturn:
+    raise missing.with_traceback(None)

@@ -15,7 +15,7 @@ from gradmon._batches import batch_tensors
 from gradmon._errors import Unavailable
 from gradmon._evidence import GradientMoments, InputGradients, InputSweep, PerExampleGradients
 from gradmon._objective import Gradient, Objective
-from gradmon._tensors import length, wide
+from gradmon._tensors import length, ran_out, wide
 from gradmon._types import Batch, Derivative
 from gradmon.per_example import Entry, Pass, PerExample, Wanted, find_entry
 from gradmon.perturbations.inputs import Ascent, InputSampler
@@ -24,6 +24,7 @@ from gradmon.probes.memory import Memory
 
 _EXAMPLES = (PerExampleGradients, GradientMoments)
 _INPUTS = (InputGradients, InputSweep)
+_EXHAUSTED = "out of memory, and also with half of max_memory: given up"
 _T = TypeVar("_T")
 Probe = Callable[["Scene"], Any]
 
@@ -84,7 +85,35 @@ class Scene:
             Unavailable: It cannot be had, or the loss or the gradient is not finite.
         """
         self.gradient  # noqa: B018 - nothing else is worth looking at where the gradient is not finite
-        return self.once(kind, lambda: self.probes[kind](self))
+        return self.once(kind, lambda: self._gathered(kind))
+
+    def _gathered(self, kind: type) -> Any:
+        """The evidence of one kind; where memory runs out, with half of it once more, and then never again."""
+        exhausted = self.memory.exhausted
+        if kind in exhausted:
+            raise Unavailable(exhausted[kind])
+        try:
+            return self._twice(lambda: self.probes[kind](self))
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            exhausted[kind] = _EXHAUSTED
+            raise Unavailable(exhausted[kind]) from error
+
+    def _twice(self, make: Callable[[], _T]) -> _T:
+        """What `make` returns; once more with half of the memory where it runs out."""
+        try:
+            return make()
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        self._seen = {
+            key: found
+            for key, found in self._seen.items()
+            if key != "shares" and not (isinstance(found, Exception) and ran_out(found))
+        }
+        self.memory.relieve()
+        return make()
 
     @property
     def gradient(self) -> Gradient:
@@ -93,7 +122,7 @@ class Scene:
         Raises:
             Unavailable: It, or the loss, is not finite.
         """
-        return self.once("gradient", self._gradient)
+        return self.once("gradient", lambda: self._twice(self._gradient))
 
     def _gradient(self) -> Gradient:
         gradient = self._together() or self.objective.gauge()
@@ -104,12 +133,16 @@ class Scene:
 
     def _together(self) -> Gradient | None:
         """The gradient from the pass that looks at the examples, if there is going to be one, and it can be made."""
-        kinds = [kind for kind in _EXAMPLES if kind in self.needed]
+        kinds = [kind for kind in _EXAMPLES if kind in self.needed and kind not in self.memory.exhausted]
         if not kinds:
             return None
         try:
-            return self.examples(kinds[0]).gradient
-        except Unavailable:
+            return self._twice(lambda: self.examples(kinds[0])).gradient
+        except Exception as error:
+            if ran_out(error):
+                self.memory.exhausted.update(dict.fromkeys(kinds, _EXHAUSTED))
+            elif not isinstance(error, Unavailable):
+                raise
             return None
 
     def examples(self, kind: type) -> Pass:

@@ -27,12 +27,12 @@ def scaled_sweep(scene: Scene) -> ScaledSweep:
 
 
 def curvature(scene: Scene) -> Curvature:
-    """The Hessian on the span of the Krylov directions; the sweep's own where that is a Krylov sweep.
+    """The Hessian on the span of the Krylov directions; on the sampler's own where these are taken together.
 
     Raises:
         Unavailable: The gradient or the weights are zero, or all perturbations are.
     """
-    sampler = scene.weight_sampler if isinstance(scene.weight_sampler, Krylov) else Krylov()
+    sampler = scene.weight_sampler if scene.weight_sampler.span else Krylov()
     sweep, products = _sweep(scene, sampler)[:2]
     count = len(sweep.scales)
     if not any(sweep.scales):
@@ -80,6 +80,7 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
         example=lambda example: _example(scene, example),
         examples=objective.examples,
         generator=scene.generator(),
+        product=(lambda v: working(weights.flatten(objective.product(weights.unflatten(v))))) if exact else None,
     )
     size = weights.full.norm(origin)
     perturbations: list[Tensor] = []

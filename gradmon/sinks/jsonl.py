@@ -162,7 +162,8 @@ def _header(run: str | None, rank: int | None) -> str:
 
 
 def _line(kind: str, fields: Mapping[str, Any]) -> str:
-    encoded = {key: _number(value) if key in _FLOATS else value for key, value in fields.items() if value is not None}
+    told = {key: value for key, value in fields.items() if value is not None and value != ()}
+    encoded = {key: _number(value) if key in _FLOATS else value for key, value in told.items()}
     return json.dumps({"kind": kind, **encoded}, allow_nan=False, separators=(",", ":")) + "\n"
 
 
@@ -176,6 +177,8 @@ def _decoded(fields: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     decoded = {key: fields[key] for key in known if key in fields}
     for key in _FLOATS & decoded.keys():
         decoded[key] = math.nan if decoded[key] is None else float(decoded[key])
+    if "blame" in decoded:
+        decoded["blame"] = tuple(str(layer) for layer in decoded["blame"])
     return decoded
 
 

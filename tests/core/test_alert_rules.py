@@ -36,7 +36,7 @@ def test_alert_says_what_was_seen():
     rule = Above("step_ratio", 1.0, name="too_long", severity="critical", remedy="Lower the learning rate.")
     alert = rule(Reading("step_ratio", 1.4, step=10))
     assert alert == (
-        "too_long", "critical", "firing", 1.4, 10, None, "step_ratio is 1.4, above 1.", "Lower the learning rate."
+        "too_long", "critical", "firing", 1.4, 10, None, "step_ratio is 1.4, above 1.", "Lower the learning rate.", ()
     )  # fmt: skip
     alert = rule(Reading("step_ratio", 0.4, step=20))
     assert (alert.state, alert.message, alert.step) == ("resolved", "step_ratio is 0.4, not above 1.", 20)
@@ -305,3 +305,12 @@ def test_default_rules_fire_for_what_they_are_named_after(name, metric, bad):
     assert [state for state in found if state] == [FIRING, RESOLVED]
     assert FIRING in found[20:25]
     assert RESOLVED in found[25:]
+
+
+def test_alert_names_the_layers_to_blame():
+    rule = Above("step_ratio", 1.0)
+    alert = rule(Reading("step_ratio", 1.4, step=10, blame=("head", "body.0", "body.2")))
+    assert alert.message == "step_ratio is 1.4, above 1. Mostly in `head`, `body.0`, `body.2`."
+    assert alert.blame == ("head", "body.0", "body.2")
+    resolved = rule(Reading("step_ratio", 0.4, step=20, blame=("head",)))
+    assert (resolved.message, resolved.blame) == ("step_ratio is 0.4, not above 1.", ())
