@@ -1,8 +1,8 @@
-"""What one probe costs, in plain training steps of the same model; writes its section of docs/benchmarks.md.
+"""What the monitor costs: a probe in plain training steps, and whole runs under a budget.
 
-One thread, process CPU time, the plain step and the probe interleaved in one process, medians. Usage:
+One thread, process CPU time, everything interleaved in one process; medians for single steps, sums for runs. Usage:
 
-    python benchmarks/overhead.py [--repeats 5] [--write]
+    python benchmarks/overhead.py [--repeats 5] [--steps 4000] [--only probes|runs] [--write]
 """
 
 from __future__ import annotations
@@ -13,17 +13,23 @@ import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from _report import table, write_section
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from gradmon import METRICS, Monitor, every
+from gradmon import METRICS, Alert, Monitor, Reading, budget, every
 from gradmon.perturbations.inputs import Ascent
 
 Batch = tuple[Tensor, Tensor]
+_BLOCK = 500
+"""How many steps of one run follow one another: the pause between two blocks counts as ten steps of training."""
+_NAMES = {"small": "MLP", "small_conv": "conv net"}
+_OF_GROUPS = ("grad_norm", "noise_scale", "weight_condition", "step_ratio")
+"""One metric of each group of metrics that share their passes."""
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -130,16 +136,88 @@ def compare(model: nn.Module, batch: Batch, repeats: int) -> dict[str, tuple[flo
     return {name: (statistics.median(found), statistics.median(found) / base) for name, found in seconds.items()}
 
 
-def main() -> None:
-    """Print the table; with --write, also write it to docs/benchmarks.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--write", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def small() -> tuple[nn.Module, Batch]:
+    """64-256-256-10, 0.09 M weights, B = 64: about a millisecond a step."""
+    sizes = [64, 256, 256, 10]
+    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1]), (torch.randn(64, 64), torch.randint(10, (64,)))
+
+
+def small_conv() -> tuple[nn.Module, Batch]:
+    """Three convolutions with GroupNorm on 1 x 8 x 8, 0.03 M weights, B = 64: some milliseconds a step."""
+    layers: list[nn.Module] = []
+    for inner, outer, stride in ((1, 32, 1), (32, 48, 2), (48, 48, 1)):
+        layers += [nn.Conv2d(inner, outer, 3, stride, 1), nn.GroupNorm(8, outer), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 10))
+    return model, (torch.randn(64, 1, 8, 8), torch.randint(10, (64,)))
+
+
+@dataclass
+class Run:
+    """A training run under a budget, beside its twin without a monitor.
+
+    Attributes:
+        overhead: The time of the steps with the monitor over that of the twin's, minus 1.
+        probes: How many readings there were of a metric of each group of metrics.
+    """
+
+    overhead: float
+    probes: dict[str, int]
+
+
+class Counter:
+    """A sink that counts readings by name."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+
+    def write(self, readings: Sequence[Reading]) -> None:
+        """Count."""
+        for reading in readings:
+            self.counts[reading.name] = self.counts.get(reading.name, 0) + 1
+
+    def alert(self, alert: Alert) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def whole_run(make: Callable[[], tuple[nn.Module, Batch]], fraction: float, passive: bool, steps: int) -> Run:
+    """Train a model under a budget and its twin without a monitor, some hundred steps of the one and of the other."""
     torch.manual_seed(0)
+    model, batch = make()
+    twin, counter = copy.deepcopy(model), Counter()
+    optimizers = [torch.optim.SGD(of.parameters(), lr=1e-3) for of in (model, twin)]
+    monitor = Monitor(model, optimizers[0], None if passive else loss, schedule=budget(fraction), sinks=[counter])
+    # Probes as long as they take, all other steps by their medians: the machine's moods last longer than a step.
+    plain, idle, probed = list[float](), list[float](), 0.0
+    block = max(1, min(_BLOCK, steps // 4))
+    for start in range(0, steps, block):
+        for which, (of, optimizer) in enumerate(zip((model, twin), optimizers, strict=True)):
+            for _ in range(start, min(start + block, steps)):
+                before, began = sum(counter.counts.values()), time.process_time()
+                optimizer.zero_grad()
+                loss(of, batch).backward()
+                optimizer.step()
+                if which == 0:
+                    monitor.step(batch)
+                took = time.process_time() - began
+                if which == 1:
+                    plain.append(took)
+                elif sum(counter.counts.values()) == before:
+                    idle.append(took)
+                else:
+                    probed += took
+    monitor.close()
+    overhead = (probed + len(idle) * statistics.median(idle)) / (steps * statistics.median(plain)) - 1
+    return Run(overhead, {name: counter.counts.get(name, 0) for name in _OF_GROUPS})
+
+
+def probes_table(repeats: int) -> str:
+    """What one probe costs."""
     makers = (mlp, conv, transformer)
-    found = {make.__name__: (make.__doc__ or "", compare(*make(), options.repeats)) for make in makers}
+    found = {make.__name__: (make.__doc__ or "", compare(*make(), repeats)) for make in makers}
     lines = [
         "## What one probe costs",
         "",
@@ -153,10 +231,55 @@ def main() -> None:
         [work, *(f"{1e3 * of[work][0]:.1f} ({of[work][1]:.2f})" for _, of in found.values())]
         for work in next(iter(found.values()))[1]
     ]
-    text = "\n".join([*lines, table(header, rows)])
-    print(text)
+    return "\n".join([*lines, table(header, rows)])
+
+
+def runs_table(steps: int) -> str:
+    """What whole runs cost under a budget."""
+    lines = [
+        "## Whole runs under a budget",
+        "",
+        f"`python benchmarks/overhead.py --write`. {steps} steps of small networks: an MLP (64-256-256-10,",
+        "0.09 M weights, B = 64) and three convolutions with GroupNorm (1 x 8 x 8, 0.03 M weights, B = 64), with all",
+        "default metrics under `schedule=budget(fraction)`, beside a twin without a monitor,",
+        f"{_BLOCK} steps of the one after as many of the other.",
+        "Overhead: the CPU time of all steps over that of the twin's, minus 1; steps with a probe as long as they",
+        "take, all others by their medians. The other columns say how often one metric of each group was read.",
+        "",
+    ]
+    rows: list[list[str]] = []
+    for make in (small, small_conv):
+        for passive, fraction in itertools.product((False, True), (0.01, 0.03, 0.1)):
+            run = whole_run(make, fraction, passive, steps)
+            kind = "passive" if passive else "with a loss"
+            overhead = f"{100 * run.overhead:.1f} %"
+            times = [str(run.probes[name]) for name in _OF_GROUPS]
+            rows.append([_NAMES[make.__name__], kind, f"{100 * fraction:.0f} %", overhead, *times])
+            print(*rows[-1], flush=True)
+    header = ["model", "monitor", "budget", "overhead", *(f"`{name}`" for name in _OF_GROUPS)]
+    return "\n".join([*lines, table(header, rows)])
+
+
+def main() -> None:
+    """Print the tables; with --write, also write them to docs/benchmarks.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--only", choices=("probes", "runs"))
+    parser.add_argument("--write", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    made: dict[str, str] = {}
+    if options.only != "runs":
+        made["overhead"] = probes_table(options.repeats)
+        print(made["overhead"])
+    if options.only != "probes":
+        made["runs"] = runs_table(options.steps)
+        print(made["runs"])
     if options.write:
-        write_section("overhead", text)
+        for name, text in made.items():
+            write_section(name, text)
 
 
 if __name__ == "__main__":
