@@ -35,6 +35,8 @@ layers: $(DEV)  ## Check who imports whom
 benchmark: $(PEERS)  ## Run the benchmarks, and write docs/benchmarks.md
 	.venv-peers/bin/python benchmarks/overhead.py --write $(ARGS)
 	.venv-peers/bin/python benchmarks/per_example.py --write $(ARGS)
+	.venv-peers/bin/python benchmarks/tightness.py --write
+	.venv-peers/bin/python benchmarks/masks.py --write $(ARGS)
 
 install: $(DEV)  ## Install everything into .venv, editable
 
@@ -59,6 +61,7 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/pip
 	@touch $@ $(DEMO)
 
 # Apart from .venv: the tests run without a peer, and a peer may want versions that gradmon does not.
+# [demo] brings the digits.
 $(PEERS): pyproject.toml constraints.txt | .venv-peers/bin/pip
-	.venv-peers/bin/pip $(INSTALL) -e '.[peers]'
+	.venv-peers/bin/pip $(INSTALL) -e '.[demo,figures,peers]'
 	@touch $@
