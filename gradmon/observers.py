@@ -16,13 +16,14 @@ from gradmon._evidence import BatchGradient, Step, StepPair
 from gradmon._objective import Objective
 from gradmon._parameters import Weights
 from gradmon._reading import Reading
-from gradmon._tensors import length, wide
+from gradmon._tensors import length, ran_out, wide
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.masks import Mask
 from gradmon.metrics import Metric
 from gradmon.perturbations.inputs import InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
 from gradmon.probes import (
+    EXHAUSTED,
     LISTENED,
     PROBES,
     Keep,
@@ -136,7 +137,7 @@ class ActiveObserver:
         """The weights before a scheduled step; gradients where what compares with the next batch can use them."""
         follows = self.pending is not None and self.pending.plain
         if not metrics:
-            return "gradients" if follows else "nothing"
+            return "both" if follows else "nothing"
         return "both" if follows or any(StepPair in metric.needs for metric in metrics) else "weights"
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
@@ -185,7 +186,7 @@ class ActiveObserver:
             # What compares with the next batch waits for it; what is missing already says so now.
             waits = StepPair in metric.needs
             kinds = [Step if kind is StepPair else kind for kind in metric.needs]
-            found = self._reader.read(metric, lambda k=kinds: [scene.get(kind) for kind in k], number, gather=waits)
+            found = self._reader.read(metric, lambda k=kinds, w=waits: self._seen(scene, k, w), number, gather=waits)
             readings += found
             if waits and not found:
                 waiting.append((metric, [scene.get(kind) for kind in kinds]))
@@ -197,13 +198,36 @@ class ActiveObserver:
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """One pass on the next batch, or two where its gradient after the step is not at hand."""
+        try:
+            return self._reader.complete(pending, self._pair(pending, batch, taken))
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        memory = self._setting.memory
+        memory.relieve()
+        try:
+            return self._reader.complete(pending, self._pair(pending, batch, taken))
+        except Exception as error:
+            if not ran_out(error):
+                raise
+        reason = memory.exhausted[StepPair] = EXHAUSTED
+        return [Reading(metric.name, math.nan, pending.number, reason=reason) for metric, _ in pending.waiting]
+
+    @staticmethod
+    def _seen(scene: Scene, kinds: Sequence[type], waits: bool) -> list[Any]:
+        if waits and StepPair in scene.memory.exhausted:
+            raise Unavailable(scene.memory.exhausted[StepPair])
+        return [scene.get(kind) for kind in kinds]
+
+    def _pair(self, pending: Pending, batch: Batch, taken: Taken | None) -> StepPair:
         layout = self._setting.layout()
-        known = taken.filled(layout) if taken is not None and taken.plain and taken.gradients else None
+        known = None
+        if taken is not None and taken.plain and taken.gradients and taken.began_at(pending.after):
+            known = taken.filled(layout)
         with Objective(
             self._setting.model, self._loss, batch, layout, self._reduction, pending.before, pending.random
         ) as objective:
-            pair = across(pending.step, objective, pending.after, batch, known)
-        return self._reader.complete(pending, pair)
+            return across(pending.step, objective, pending.after, batch, known)
 
     def close(self) -> None:
         """Let the step that waits go."""

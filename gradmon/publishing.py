@@ -29,6 +29,9 @@ class Failures(Counter[str]):
 
     def note(self, where: str, error: Exception) -> None:
         """Count an error, and log it if it is the first one there."""
+        if getattr(error, "_gradmon_noted", False):  # one error, of which several metrics hear
+            return
+        error.__dict__["_gradmon_noted"] = True
         self[where] += 1
         if self[where] == 1:
             _LOG.error("%s: %s failed; training goes on", self.run, where, exc_info=error)

@@ -19,7 +19,6 @@ from gradmon._snapshot import RandomState
 from gradmon._tensors import from_plain, to_plain
 from gradmon.measure import readings_from
 from gradmon.metrics import Metric
-from gradmon.options import find_metric
 from gradmon.publishing import Failures
 
 _TENSORS = ("weights", "perturbation", "gradient", "after")
@@ -50,10 +49,8 @@ class Pending:
     random: RandomState | None
     plain: bool = False
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """It as plain types; None where a metric waits with evidence of another kind."""
-        if any(any(seen is not self.step for seen in evidence) for _, evidence in self.waiting):
-            return None
+    def state_dict(self) -> dict[str, Any]:
+        """It as plain types, without metrics that wait with evidence of other kinds."""
         fields = {field.name: getattr(self.step, field.name) for field in dataclasses.fields(self.step)}
         del fields["coordinates"]
         return {
@@ -61,14 +58,14 @@ class Pending:
             "step": {name: to_plain(value) if isinstance(value, Tensor) else value for name, value in fields.items()},
             "before": [to_plain(value) for value in self.before],
             "after": [to_plain(value) for value in self.after],
-            "waiting": [metric.name for metric, _ in self.waiting],
+            "waiting": [m.name for m, evidence in self.waiting if all(seen is self.step for seen in evidence)],
             "random": None if self.random is None else self.random.state_dict(),
             "plain": self.plain,
         }
 
     @staticmethod
-    def restored(state: Mapping[str, Any] | None, layout: Weights) -> Pending | None:
-        """What was saved; None where there was nothing."""
+    def restored(state: Mapping[str, Any] | None, layout: Weights, metrics: Sequence[Metric]) -> Pending | None:
+        """What was saved, for those metrics that are still wanted; None where there was nothing."""
         if state is None:
             return None
         fields: dict[str, Any] = {
@@ -83,7 +80,7 @@ class Pending:
             ]
             for name in ("before", "after")
         ]
-        waiting = [(metric, [step] * len(metric.needs)) for metric in map(find_metric, state["waiting"])]
+        waiting = [(m, [step] * len(m.needs)) for m in metrics if m.name in state["waiting"]]
         random = None if state["random"] is None else RandomState.restored(state["random"])
         return Pending(int(state["number"]), step, values[0], values[1], waiting, random, bool(state["plain"]))
 
@@ -105,6 +102,15 @@ class Reader:
         self._failures, self._layers = failures, layers
         self._in_a_row: Counter[str] = Counter()
         self.given_up: dict[str, str] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which metrics have failed, as plain types."""
+        return {"in_a_row": dict(self._in_a_row), "given_up": dict(self.given_up)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up what was saved."""
+        self._in_a_row = Counter({str(name): int(count) for name, count in state["in_a_row"].items()})
+        self.given_up = {str(name): str(reason) for name, reason in state["given_up"].items()}
 
     def safely(
         self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int

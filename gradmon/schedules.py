@@ -178,22 +178,26 @@ class budget:  # noqa: N801 - as above
         if not groups or ledger.own >= allowed:
             return frozenset()
         share = allowed / len(groups)
-        behind: list[tuple[float, int]] = []
+        payable: list[tuple[float, int]] = []
         for place, group in enumerate(groups):
             cost, before = self.expected(group), self._spent.get(group, 0.0)
             known = group in self._costs
-            if (before + cost <= share if known else ledger.own + cost <= allowed) and self._fits(cost, allowed):
-                behind.append((before + cost if known else 0.0, place))
-        if not behind:
+            if before + cost <= share if known else ledger.own + cost <= allowed:
+                payable.append((before + cost if known else 0.0, place))
+        if not payable:
             return frozenset()
-        chosen = min(behind)[1]
-        return frozenset({groups[chosen], *(group for group in groups[:chosen] if group in self._costs)})
+        # The one that is farthest behind; while it does not fit into the window, nobody else may fill it up.
+        place = min(payable)[1]
+        if not self._fits(self.expected(groups[place]), allowed):
+            return frozenset()
+        return frozenset({groups[place], *(group for group in groups[:place] if group in self._costs)})
 
     def _fits(self, cost: float, allowed: float) -> bool:
         total, own = self.ledger.recent
         if cost <= _PART * self.fraction * self.ledger.window * self.ledger.usual:
             return own + cost <= _PART * self.fraction * total
-        return self.ledger.own + cost <= allowed
+        # It fits into no window: the whole run pays, and no second one comes into the same window.
+        return self.ledger.own + cost <= allowed and own <= _PART * self.fraction * total
 
     def looked(self, groups: Sequence[str], seconds: float, *, more: bool = False) -> None:
         """A probe of some groups took so long; the dearest of them pays.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradmon._batches import batch_tensors, example_count, holds_counts, replace_tensor
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._objective import Gradient, Objective
-from gradmon._tensors import length
+from gradmon._tensors import length, ran_out
 from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Entry, Use
 from gradmon.per_example.collected import PerExampleResult
@@ -140,9 +140,11 @@ class PerExample:
             try:
                 with whole_modules(self._objective.model, self._experience.rules, capture), capture:
                     loss = self._objective.evaluate(batch)
-            except (GradmonError, torch.OutOfMemoryError):
+            except GradmonError:
                 raise
             except Exception as error:
+                if ran_out(error):
+                    raise
                 kind = type(error).__name__
                 raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
         return capture, loss

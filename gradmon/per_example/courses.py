@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from gradmon._batches import example_count, map_tensors, tensors
 from gradmon._errors import GradmonError, Unavailable
 from gradmon._parameters import Weights
 from gradmon._sandbox import Sandbox
+from gradmon._tensors import ran_out
 from gradmon._types import Batch
 from gradmon.per_example.active import Experience, entry_of, without_zeros
 from gradmon.per_example.capture import Capture, Entry, Use
@@ -104,9 +104,11 @@ class Courses:
                             module(*args, **kwargs)
                         finally:
                             close(False)
-                except (GradmonError, torch.OutOfMemoryError):
+                except GradmonError:
                     raise
                 except Exception as error:
+                    if ran_out(error):
+                        raise
                     kind = type(error).__name__
                     raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
                 if capture.x is not None:

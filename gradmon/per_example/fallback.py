@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import Unavailable
+from gradmon._tensors import ran_out
 from gradmon.per_example._autograd import version
 from gradmon.per_example.cut import Cut
 from gradmon.per_example.forms import Dense, Shares
@@ -106,9 +107,9 @@ class Repeated:
         try:
             with torch.enable_grad():
                 self._outputs = use.again(replaced)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if ran_out(error):
+                raise
             raise Unavailable(f"`{use.name}` cannot be called again: {type(error).__name__}: {error}") from error
 
     def own_flows(self) -> list[Tensor | None]:
@@ -161,9 +162,9 @@ class Repeated:
         if outputs:
             try:
                 found = torch.autograd.grad(outputs, self._sources, seeds, retain_graph=True, allow_unused=True)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if ran_out(error):
+                    raise
                 raise Unavailable(f"`{part.use.name}` has no gradient of its own: {error}") from error
         shares = [
             part.widened(torch.zeros_like(source) if gradient is None else gradient.to_dense())

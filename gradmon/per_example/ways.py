@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmon._parameters import Weights
-from gradmon._tensors import length, wide
+from gradmon._tensors import length, ran_out, wide
 from gradmon.per_example.calls import Tape
 from gradmon.per_example.cut import Cut, Rule, as_forms
 from gradmon.per_example.fallback import Repeated, chained, replay, whole_flows
@@ -115,9 +115,9 @@ def _tried(rule: Rule, part: Cut) -> list[Shares] | None:
     try:
         found = rule(part)
         return None if found is None else as_forms(found, part)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # a rule may not know a call, and vmap does not know every function
+    except Exception as error:  # a rule may not know a call, and vmap does not know every function
+        if ran_out(error):
+            raise
         return None
 
 
@@ -141,8 +141,8 @@ def _agree(forms: Sequence[Shares], example: int, alone: list[Tensor], together:
             for found, expected in ((one(form, example), single), (total(form, part.scratch.budget), whole)):
                 if not length(wide(found) - wide(expected)) <= size * tolerance:
                     return False
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
+    except Exception as error:
+        if ran_out(error):
+            raise
         return False
     return True

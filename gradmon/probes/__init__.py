@@ -21,6 +21,7 @@ from gradmon.probes.memory import Memory as Memory
 from gradmon.probes.passive import LISTENED as LISTENED
 from gradmon.probes.passive import PassiveProbe as PassiveProbe
 from gradmon.probes.per_example import gradient_moments, input_gradients, per_example
+from gradmon.probes.scene import EXHAUSTED as EXHAUSTED
 from gradmon.probes.scene import Probe
 from gradmon.probes.scene import Scene as Scene
 from gradmon.probes.step import across as across

@@ -24,7 +24,8 @@ from gradmon.probes.memory import Memory
 
 _EXAMPLES = (PerExampleGradients, GradientMoments)
 _INPUTS = (InputGradients, InputSweep)
-_EXHAUSTED = "out of memory, and also with half of max_memory: given up"
+EXHAUSTED = "out of memory, and also with half of max_memory: given up"
+"""Why a kind of evidence is not gathered any more."""
 _T = TypeVar("_T")
 Probe = Callable[["Scene"], Any]
 
@@ -97,7 +98,7 @@ class Scene:
         except Exception as error:
             if not ran_out(error):
                 raise
-            exhausted[kind] = _EXHAUSTED
+            exhausted[kind] = EXHAUSTED
             raise Unavailable(exhausted[kind]) from error
 
     def _twice(self, make: Callable[[], _T]) -> _T:
@@ -140,7 +141,7 @@ class Scene:
             return self._twice(lambda: self.examples(kinds[0])).gradient
         except Exception as error:
             if ran_out(error):
-                self.memory.exhausted.update(dict.fromkeys(kinds, _EXHAUSTED))
+                self.memory.exhausted.update(dict.fromkeys(kinds, EXHAUSTED))
             elif not isinstance(error, Unavailable):
                 raise
             return None

@@ -13,8 +13,11 @@ from gradmon._errors import Unavailable
 from gradmon._evidence import Step, StepPair
 from gradmon._objective import Objective
 from gradmon._parameters import Weights
-from gradmon._tensors import working
+from gradmon._tensors import wide, working
 from gradmon.probes.scene import Scene
+
+_PLAUSIBLE = 3.0
+"""How many times as far as on its own batch a step may move the gradient on the next before that is taken anew."""
 
 
 def step(scene: Scene) -> Step:
@@ -95,9 +98,21 @@ def across(
         known: The gradient on it after the step, if the training itself has taken it; one tensor per parameter.
     """
     weights = objective.weights
-    other = objective.gradient(batch=next_batch)
-    other_after = objective.gradient(after, batch=next_batch).parts if known is None else known
-    return StepPair(taken, weights.pick(other.parts), weights.pick(other_after))
+    other = weights.pick(objective.gradient(batch=next_batch).parts)
+    found = None if known is None else weights.pick(known)
+    if found is None or not _plausible(taken, other, found):
+        found = weights.pick(objective.gradient(after, batch=next_batch).parts)
+    return StepPair(taken, other, found)
+
+
+def _plausible(taken: Step, other: Tensor, known: Tensor) -> bool:
+    """Whether the step has moved the gradient on the next batch by no more than can be expected from the first one."""
+    norm = taken.coordinates.norm
+    size = norm(wide(other))
+    if taken.after is None or not math.isfinite(size):
+        return False
+    moved = norm(wide(taken.after) - wide(taken.gradient))
+    return norm(wide(known) - wide(other)) <= _PLAUSIBLE * moved + 32 * taken.epsilon * size
 
 
 def _after(scene: Scene) -> Sequence[Tensor]:

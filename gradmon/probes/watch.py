@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -31,45 +33,57 @@ class Taken:
     gradients: list[Tensor | None]
     plain: bool = False
 
+    def began_at(self, values: Sequence[Tensor]) -> bool:
+        """Whether the step started from these weights."""
+        return len(values) == len(self.values) and all(map(torch.equal, self.values, values))
+
     def filled(self, layout: Weights) -> list[Tensor]:
         """The gradients with zeros in the place of those that are None."""
         return [dense(part, parameter) for part, parameter in zip(self.gradients, layout.parameters, strict=True)]
 
 
 class LeftBehind:
-    """What backward passes leave in some parameters' gradients, by hooks that are there for one step.
+    """What backward passes send to some parameters, by hooks that are there for one step.
 
     Args:
         parameters: The parameters.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._seen: dict[int, tuple[int, Tensor]] = {}
+        self._sent: dict[int, tuple[int, Tensor]] = {}
         self._parameters = list(parameters)
-        self._handles: list[RemovableHandle] = [
-            cast("Any", parameter).register_post_accumulate_grad_hook(self._note) for parameter in self._parameters
-        ]
+        self._handles: list[RemovableHandle] = []
+        for parameter in self._parameters:
+            hook = functools.partial(self._note, id(parameter))
+            self._handles.append(cast("Any", parameter).register_hook(hook))
 
-    def _note(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            count = self._seen[id(parameter)][0] + 1 if id(parameter) in self._seen else 1
-            self._seen[id(parameter)] = count, _norm(parameter.grad)
+    def _note(self, key: int, gradient: Tensor) -> None:
+        count = self._sent[key][0] if key in self._sent else 0
+        self._sent[key] = count + 1, _norm(gradient)
 
     def unchanged(self) -> bool:
-        """Whether one backward pass made the gradients, and nobody (clipping, say) has changed them since."""
+        """Whether one backward pass made the gradients, and nobody has changed them: no clipping, hook, or sum."""
         for parameter in self._parameters:
-            count, norm = self._seen.get(id(parameter), (0, None))
+            count, norm = self._sent.get(id(parameter), (0, None))
             if parameter.grad is None and norm is None:
                 continue
-            if parameter.grad is None or norm is None or count != 1 or not bool(_norm(parameter.grad) == norm):
+            if parameter.grad is None or norm is None or count != 1 or _has_other_hooks(parameter):
                 return False
-        return bool(self._seen)
+            if not bool(_norm(parameter.grad) == norm):
+                return False
+        return bool(self._sent)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _has_other_hooks(parameter: Tensor) -> bool:
+    """Whether somebody else may change a gradient on its way."""
+    held = cast("Any", parameter)
+    return len(held._backward_hooks or ()) > 1 or bool(getattr(held, "_post_accumulate_grad_hooks", None))
 
 
 def _norm(gradient: Tensor) -> Tensor:

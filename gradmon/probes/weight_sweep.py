@@ -15,6 +15,9 @@ from gradmon.per_example import Wanted
 from gradmon.perturbations.weights import Krylov, WeightPoint, WeightSampler
 from gradmon.probes.scene import Scene
 
+_SETTLED = 0.7
+"""The least cosine between a tracked direction v and H v at which v . H v is shown as a curvature."""
+
 
 def weight_sweep(scene: Scene) -> WeightSweep:
     """The gradient along the sampler's perturbations: one forward and backward pass for each."""
@@ -30,13 +33,16 @@ def curvature(scene: Scene) -> Curvature:
     """The Hessian on the span of the Krylov directions; on the sampler's own where these are taken together.
 
     Raises:
-        Unavailable: The gradient or the weights are zero, or all perturbations are.
+        Unavailable: The gradient or the weights are zero, or all perturbations are, or one tracked direction tells
+            nothing of the curvature.
     """
     sampler = scene.weight_sampler if scene.weight_sampler.span else Krylov()
     sweep, products = _sweep(scene, sampler)[:2]
     count = len(sweep.scales)
     if not any(sweep.scales):
         raise Unavailable("zero perturbation")
+    if count == 1 and isinstance(sampler, Krylov) and sampler.start is not None:
+        _check_settled(products)
     groups = scene.optimizer.param_groups if scene.optimizer is not None else []
     rates = {float(group["lr"]) for group in groups if "lr" in group}
     plain = isinstance(scene.optimizer, torch.optim.SGD) and not any(group["maximize"] for group in groups)
@@ -48,6 +54,20 @@ def curvature(scene: Scene) -> Curvature:
         learning_rate=rates.pop() if plain and len(rates) == 1 else None,
         optimizer=None if scene.optimizer is None else type(scene.optimizer).__name__,
     )
+
+
+def _check_settled(products: Tensor) -> None:
+    """Refuse the curvature along a tracked direction v that is far from an eigenvector: ``v . H v`` is of no use there.
+
+    Raises:
+        Unavailable: It is, or the curvature along it is negative.
+    """
+    along, size, moved = (float(products[i, j]) for i, j in ((0, 1), (0, 0), (1, 1)))
+    if along <= 0:
+        # One product follows what is largest in size; three from the gradient see both ends of the spectrum.
+        raise Unavailable("the curvature that is largest in size is negative: weights=Krylov() sees the largest too")
+    if along < _SETTLED * math.sqrt(size * moved):
+        raise Unavailable("the tracked direction is far from an eigenvector: weights=Krylov() takes more products")
 
 
 class _Sweep(NamedTuple):
