@@ -157,6 +157,7 @@ class budget:  # noqa: N801 - as above
         self._spent: dict[str, float] = {}
         self._costs: dict[str, float] = {}
         self._dearer = 1.0
+        self._last: int | None = None
 
     def __repr__(self) -> str:
         return f"budget({self.fraction:g})"
@@ -193,11 +194,13 @@ class budget:  # noqa: N801 - as above
         return frozenset({groups[place], *(group for group in groups[:place] if group in self._costs)})
 
     def _fits(self, cost: float, allowed: float) -> bool:
-        total, own = self.ledger.recent
-        if cost <= _PART * self.fraction * self.ledger.window * self.ledger.usual:
-            return own + cost <= _PART * self.fraction * total
-        # It fits into no window: the whole run pays, and no second one comes into the same window.
-        return self.ledger.own + cost <= allowed and own <= _PART * self.fraction * total
+        ledger = self.ledger
+        total, own = ledger.recent
+        if own + cost <= _PART * self.fraction * total:
+            return True
+        # What does not fit even into a window of its own is paid for by the whole run.
+        alone = self._last is None or ledger.steps - self._last >= ledger.window
+        return alone and ledger.own + cost <= allowed
 
     def looked(self, groups: Sequence[str], seconds: float, *, more: bool = False) -> None:
         """A probe of some groups took so long; the dearest of them pays.
@@ -208,6 +211,7 @@ class budget:  # noqa: N801 - as above
             more: Whether this belongs to their last probe.
         """
         group = groups[-1]
+        self._last = self.ledger.steps
         self._spent[group] = self._spent.get(group, 0.0) + seconds
         if more:
             self._costs[group] = self._costs.get(group, 0.0) + seconds
