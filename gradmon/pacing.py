@@ -40,6 +40,8 @@ _GROUPS: dict[type, str] = {
 """The evidence that is gathered together."""
 _ORDER = ("gradient", "examples", "weights", "step", "scaled", "inputs", "other")
 """What costs less first."""
+_AROUND = 2.0
+"""What a step without a probe costs, over what it takes in here: hooks, calls, what leaves the processor's caches."""
 _PASSIVE_ORDER = ("gradient", "step", "examples", "other")
 
 
@@ -76,6 +78,7 @@ class Pacer:
         self._now = time.perf_counter()
         self._event: Any = None
         self._listened, self._listening = False, 0.0
+        self._looked = True
         self._due: frozenset[str] = frozenset()
 
     def due(self, step: int) -> list[Metric]:
@@ -120,6 +123,7 @@ class Pacer:
             How long they, and listening before, took, in seconds.
         """
         took = self._elapsed()
+        self._looked = True
         self._ledger.spent(took)
         if not again:
             took += self._listening
@@ -144,8 +148,9 @@ class Pacer:
 
     def leave(self, listens: bool) -> None:
         """The monitor is done with this step, and is going to listen to the next one, or not."""
-        self._ledger.spent(self._elapsed())
-        self._left, self._listened = self._now, listens
+        elapsed = self._elapsed()
+        self._ledger.spent(elapsed if self._looked else _AROUND * elapsed)
+        self._left, self._listened, self._looked = self._now, listens, False
 
     def readings(self, step: int, took: float) -> list[Reading]:
         """What the monitor itself costs."""
