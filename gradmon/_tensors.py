@@ -148,10 +148,11 @@ class Coordinates:
         """The inner product of two vectors, (k,) each; reweighted so that its mean over masks is the full one."""
         total = 0.0
         for part in self._chunks(a.numel()):
-            product = wide(a[part]) * wide(b[part])
+            left = wide(a[part])
+            right = left if a is b else wide(b[part])
             if self.weight is not None:
-                product = product * self.weight[part].to(product.device)
-            total += float(product.sum())
+                right = right * self.weight[part].to(right.device)
+            total += float(torch.dot(left, right))
         return total
 
     def norm(self, a: Tensor) -> float:
