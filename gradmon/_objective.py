@@ -16,6 +16,7 @@ from gradmon._errors import ArgumentError, Unavailable
 from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import Sandbox
 from gradmon._snapshot import RandomState, modules_behind
+from gradmon._tensors import ran_out
 from gradmon._types import Batch, Loss, Reduction
 
 
@@ -138,7 +139,7 @@ class Objective:
 
         Raises:
             Unavailable: Some function of the model has no second derivative.
-            OutOfMemoryError: The second pass does not fit into the device's memory.
+            RuntimeError: The second pass does not fit into memory; on a device an `OutOfMemoryError`.
         """
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -149,9 +150,9 @@ class Objective:
                 first = self.differentiate(loss, create_graph=True)
                 pairs = zip(first, direction, strict=True)
                 second = self.differentiate(sum((part * piece).sum() for part, piece in pairs if part is not None))
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:  # also NotImplementedError, for a function without a second derivative
+                if ran_out(error):
+                    raise
                 raise Unavailable(f"no exact product: {error}") from error
         return [dense(part, parameter) for part, parameter in zip(second, self.weights.parameters, strict=True)]
 

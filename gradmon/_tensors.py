@@ -45,8 +45,10 @@ def to_plain(tensor: Tensor) -> dict[str, Any]:
 
 def from_plain(state: Mapping[str, Any]) -> Tensor:
     """What `to_plain` was given, on the CPU."""
-    data = torch.frombuffer(bytearray(base64.b64decode(state["data"])), dtype=torch.uint8)
-    return data.view(getattr(torch, state["dtype"])).reshape(state["shape"])
+    data, dtype = bytearray(base64.b64decode(state["data"])), getattr(torch, state["dtype"])
+    if not data:  # of which `frombuffer` makes nothing
+        return torch.empty(state["shape"], dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(state["shape"])
 
 
 def symmetric(rows: Tensor) -> Tensor:

@@ -169,6 +169,7 @@ class Monitor:
         self._pacer = Pacer(every(50) if schedule is None else schedule, metrics, loss is None, device, self.failures)
         if optimizer is not None:
             self._watch = StepWatch(optimizer, model, lambda: self._observer.keep(self._due), self.failures.note)
+        self._due: list[Metric] = []
         self._plan()
 
     @property
@@ -204,6 +205,12 @@ class Monitor:
         if self._closed:
             return
         self._step += 1
+        self.failures.guard("step", lambda: self._see(batch), None)
+        self._due = []
+        self.failures.guard("plan", self._plan, None)
+
+    def _see(self, batch: Batch) -> None:
+        """Look at the step that was taken, and finish what waited for it."""
         pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
         pacer.enter()
         taken = None if self._watch is None else self._watch.take()
@@ -223,7 +230,6 @@ class Monitor:
             readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
         if readings:
             self._publisher.publish(readings)
-        self._plan()
 
     def _plan(self) -> None:
         """See what is due in the coming step, and prepare for it."""

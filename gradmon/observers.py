@@ -239,9 +239,9 @@ def _is_plain(taken: Taken, scene: Scene) -> bool:
     if not taken.gradients:
         return False
     layout, own = scene.objective.weights, scene.gradient.parts
-    gaps = [wide(a) - wide(b) for a, b in zip(taken.filled(layout), own, strict=True)]
-    size, gap = (math.sqrt(sum(length(part) ** 2 for part in parts)) for parts in (own, gaps))
-    return gap <= 32 * scene.epsilon * size
+    pairs = zip(taken.filled(layout), own, strict=True)
+    gap = math.sqrt(sum(length(wide(used) - wide(part)) ** 2 for used, part in pairs))
+    return gap <= 32 * scene.epsilon * math.sqrt(sum(length(part) ** 2 for part in own))
 
 
 class PassiveObserver:

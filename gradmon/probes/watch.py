@@ -47,9 +47,11 @@ class LeftBehind:
 
     Args:
         parameters: The parameters.
+        failed: Told of an error in a hook, which never reaches the training.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], failed: Callable[[str, Exception], None]) -> None:
+        self._failed = failed
         self._sent: dict[int, tuple[int, Tensor]] = {}
         self._parameters = list(parameters)
         self._handles: list[RemovableHandle] = []
@@ -59,7 +61,11 @@ class LeftBehind:
 
     def _note(self, key: int, gradient: Tensor) -> None:
         count = self._sent[key][0] if key in self._sent else 0
-        self._sent[key] = count + 1, _norm(gradient)
+        try:
+            self._sent[key] = count + 1, _norm(gradient.detach())
+        except Exception as error:
+            self._sent[key] = count + 1, torch.tensor(torch.nan)  # which equals nothing
+            self._failed("gradient hook", error)
 
     def unchanged(self) -> bool:
         """Whether one backward pass made the gradients, and nobody has changed them: no clipping, hook, or sum."""
@@ -117,12 +123,13 @@ class StepWatch:
     def take(self) -> Taken | None:
         """What the last step started from, once; None where no step was seen, or it was skipped."""
         taken, self._taken = self._taken, None
+        self._deafen()
         return taken
 
     def listen(self) -> None:
         """See in the coming step whether its gradients stay as the backward pass leaves them."""
         self._deafen()
-        self._left = LeftBehind(trainable(self._model).values())
+        self._left = LeftBehind(trainable(self._model).values(), self._failed)
 
     def _deafen(self) -> None:
         if self._left is not None:
