@@ -99,17 +99,21 @@ class Collected:
     def add_products(self, position: int, groups: Sequence[Group], product: Tensor) -> None:
         """Add the inner products of one parameter's gradients, (N, N) for the examples of some groups."""
         factor = self._factor(position)
+        if len(groups) == 1:
+            self._add_block((groups[0], groups[0]), product, factor)
+            self._add_sent((position, groups[0].task), product.sum(), product.trace())
+            return
         sizes = [group.examples for group in groups]
-        rows = [product] if len(groups) == 1 else torch.split(product, sizes)
-        for a, own in zip(groups, rows, strict=True):
-            for b, block in zip(groups, [own] if len(groups) == 1 else torch.split(own, sizes, dim=1), strict=True):
+        for a, own in zip(groups, torch.split(product, sizes), strict=True):
+            for b, block in zip(groups, torch.split(own, sizes, dim=1), strict=True):
                 self._add_block((a, b), block, factor)
                 if a.task == b.task:
-                    size, trace = block.sum(), block.trace() if a is b else 0.0
-                    before = self._sent.get((position, a.task))
-                    self._sent[position, a.task] = (
-                        (size, trace) if before is None else (before[0] + size, before[1] + trace)
-                    )
+                    self._add_sent((position, a.task), block.sum(), block.trace() if a is b else 0.0)
+
+    def _add_sent(self, key: tuple[int, int], size: Tensor, trace: Tensor | float) -> None:
+        """Note the squared norm of a sum of gradients, and the sum of their squared norms, for comparison."""
+        before = self._sent.get(key)
+        self._sent[key] = (size, trace) if before is None else (before[0] + size, before[1] + trace)
 
     def _add_block(self, pair: tuple[Group, Group], block: Tensor, factor: float) -> None:
         """Add inner products: a few in their own type, which is several times faster, and these in float64."""
@@ -246,7 +250,7 @@ class Collected:
         matrix: Tensor | None = None
         if gram:
             matrix = self._folded(groups, owner, examples)
-            matrix = (matrix + matrix.T) * (examples**2 / 2)
+            matrix = (matrix + matrix.T).mul_(examples**2 / 2)
         means: Tensor | None = None
         squares: Tensor | None = None
         if moments:

@@ -26,8 +26,7 @@ def inner_products(groups: Sequence[Sequence[Shares]], budget: int) -> Tensor:
     groups = [_merged(forms) for forms in groups]
     found = _products(groups, budget)
     # Squares leave the range of a type long before the numbers do: a large or small loss scale.
-    largest = float(found.diagonal().max()) if found.numel() else 0.0
-    if not 1e-25 <= largest < math.inf:
+    if not 1e-25 <= float(found.trace()) < math.inf:
         size = _largest(groups, budget)
         if 0 < size < math.inf:
             factor = 2.0 ** -math.frexp(size)[1]
