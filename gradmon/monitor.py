@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
@@ -10,15 +11,18 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from gradmon._errors import ArgumentError
+from gradmon._batches import example_count
+from gradmon._errors import ArgumentError, GradmonError
 from gradmon._parameters import check_trains, trainable
 from gradmon._reading import Alert, Reading
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule
+from gradmon.describing import described, learning_rate
 from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.metrics import Metric
 from gradmon.observers import ActiveObserver, Observer, PassiveObserver, Setting
 from gradmon.options import (
+    check_hparams,
     check_input_module,
     check_monitor,
     check_options,
@@ -30,7 +34,7 @@ from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import WeightSampler
 from gradmon.probes import Memory, StepWatch
-from gradmon.publishing import Failures, Publisher
+from gradmon.publishing import Failures, OnAlert, Publisher
 from gradmon.reading import Pending, Reader
 from gradmon.schedules import Schedule, budget, every
 from gradmon.sinks import Sink
@@ -65,6 +69,10 @@ class Monitor:
         rank: This process's rank, likewise.
         sinks: Sinks, or strings such as ``"jsonl:run.jsonl"``, ``"tensorboard:runs/mlp"``, ``"prometheus:9464"``.
         alerts: ``"default"``, or rules.
+        on_alert: What else to do about an alert that starts or stops to fire: ``"log"`` it, to the logger ``gradmon``;
+            ``"stop"``: also ask for the end of the training (`should_stop`) when a critical one fires; a function to
+            call with it; None for nothing.
+        hparams: What else describes the run: names and numbers, strings or booleans, for the sinks that show them.
         weights: The sampler of weight perturbations; None for `Krylov`: three products at the first probe, and one at
             each later one, along the direction in which the gradient changed most at the one before. One product finds
             some 0.7 to 0.9 of the largest `weight_condition` while batches change, and `sharpness` only where it has
@@ -113,6 +121,8 @@ class Monitor:
         rank: int = 0,
         sinks: Sink | str | Iterable[Sink | str] | None = None,
         alerts: Literal["default"] | Iterable[Rule] | None = "default",
+        on_alert: OnAlert = "log",
+        hparams: Mapping[str, str | int | float | bool] | None = None,
         weights: WeightSampler | None = None,
         inputs: InputSampler | None = None,
         derivative: Derivative = "finite",
@@ -129,7 +139,7 @@ class Monitor:
         self._step = 0
         self._watch: StepWatch | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
-        self._publisher = Publisher(None if self._disabled else alerts, self.failures)
+        self._publisher = Publisher(None if self._disabled else alerts, self.failures, on_alert)
         if self._disabled:
             return
         check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
@@ -138,12 +148,24 @@ class Monitor:
             check_trains(optimizer, trainable(model).values())
         check_monitor(loss, reduction, schedule, run, rank, max_memory, example_dim)
         check_rules(rules)
+        check_hparams(hparams)
         chosen = as_mask(_SAMPLED if mask == "default" else mask, seed)
         if chosen is not None:
             chosen.picks(model)
         self._metrics = metrics = choose_monitored(metrics, optimizer, loss)
         check_input_module(model, input_module)
-        self._publisher.open(sinks, run, rank)
+        self._optimizer, self._example_dim = optimizer, example_dim or 0
+        info = described(
+            model,
+            optimizer,
+            passive=loss is None,
+            schedule=every(50) if schedule is None else schedule,
+            mask=chosen,
+            seed=seed,
+            derivative=derivative,
+            hparams=hparams or {},
+        )
+        self._publisher.open(sinks, run, rank, info)
         experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
         self._setting = Setting(
             model=model,
@@ -181,6 +203,15 @@ class Monitor:
     def alerts(self) -> list[Alert]:
         """The alerts that fire now, oldest first."""
         return self._publisher.alerts
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the training should end: a critical alert with ``on_alert="stop"``, or `stop`, asked for it."""
+        return self._publisher.should_stop
+
+    def stop(self) -> None:
+        """Ask for the end of the training, as a function given as `on_alert` may want to; see `should_stop`."""
+        self._publisher.should_stop = True
 
     @property
     def coverage(self) -> dict[str, str]:
@@ -227,9 +258,30 @@ class Monitor:
             pacer.begin()
             readings += reader.safely("probe", lambda: observer.look(self._step, batch, taken, due), due, self._step)
             readings += pacer.readings(self._step, pacer.looked())
-            readings.append(Reading("monitor_failures", float(sum(self.failures.values())), self._step))
+            readings = [*self._circumstances(batch), *readings, *self._troubles()]
         if readings:
             self._publisher.publish(readings)
+
+    def _circumstances(self, batch: Batch) -> list[Reading]:
+        """Learning rate and batch size; they come first, so that remedies can name them."""
+        readings: list[Reading] = []
+        rate = None if self._optimizer is None else learning_rate(self._optimizer)
+        if rate is not None:
+            readings.append(Reading("learning_rate", rate, self._step))
+        try:
+            readings.append(Reading("batch_size", float(example_count(batch, self._example_dim)), self._step))
+        except GradmonError as error:
+            readings.append(Reading("batch_size", math.nan, self._step, reason=str(error)))
+        return readings
+
+    def _troubles(self) -> list[Reading]:
+        """What went wrong so far in the monitor itself."""
+        counts = {
+            "monitor_failures": sum(self.failures.values()),
+            "sink_errors": self._publisher.sink_errors,
+            "sink_dropped": self._publisher.sink_dropped,
+        }
+        return [Reading(name, float(count), self._step) for name, count in counts.items()]
 
     def _plan(self) -> None:
         """See what is due in the coming step, and prepare for it."""
@@ -237,13 +289,23 @@ class Monitor:
         self.failures.guard("hooks", lambda: self._observer.prepare(self._watch, self._due), None)
         self._pacer.leave(self._observer.listens)
 
+    def flush(self, seconds: float = 60.0) -> bool:
+        """Wait until the sinks have taken all that they were given; whether they have, within some seconds."""
+        return self._publisher.flush(seconds)
+
     def close(self) -> None:
-        """Detach from model and optimizer and close the sinks; a second call does nothing."""
+        """Detach from model and optimizer, and close the sinks: the run has come to its end.
+
+        Waits until the sinks have taken what they were given, but a minute at most. A second call does nothing.
+        """
+        self._close(True)
+
+    def _close(self, succeeded: bool) -> None:
         if self._watch is not None:
             self._watch.close()
         if not self._disabled:
             self._observer.close()
-        self._publisher.close()
+        self._publisher.close(None if self._closed else succeeded)
         self._closed = True
 
     def __enter__(self) -> Monitor:
@@ -252,7 +314,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(kind is None or issubclass(kind, KeyboardInterrupt))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not been interrupted, as plain types.

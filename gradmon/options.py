@@ -197,3 +197,16 @@ def check_monitor(
         isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0
     ):
         raise ArgumentError("example_dim", "be an integer of at least 0, or None", example_dim)
+
+
+def check_hparams(hparams: object) -> None:
+    """Check what describes a run.
+
+    Raises:
+        ArgumentError: `hparams` does not map names to numbers, strings or booleans.
+    """
+    if hparams is None:
+        return
+    held: Mapping[Any, Any] = cast(Any, hparams) if isinstance(hparams, Mapping) else {None: None}
+    if not all(isinstance(name, str) and isinstance(value, (str, int, float, bool)) for name, value in held.items()):
+        raise ArgumentError("hparams", "map names to numbers, strings or booleans", repr(cast(Any, hparams)))

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Alert, Reading
 from gradmon.alerts import Rule, default_rules
-from gradmon.sinks import RunAware, Sink, make_sink
+from gradmon.sinks import Background, EndAware, InfoAware, LogSink, RunAware, Sink, make_sink
 
 _LOG = logging.getLogger("gradmon")
 _T = TypeVar("_T")
+_PATIENCE = 60.0
+"""The most seconds that closing waits for the sinks."""
+
+OnAlert = Literal["log", "stop"] | Callable[[Alert], object] | None
+Info = Mapping[str, str | int | float | bool]
 
 
 class Failures(Counter[str]):
@@ -26,14 +33,17 @@ class Failures(Counter[str]):
     def __init__(self, run: str = "") -> None:
         super().__init__()
         self.run = run
+        self._lock = threading.Lock()
 
     def note(self, where: str, error: Exception) -> None:
         """Count an error, and log it if it is the first one there."""
         if getattr(error, "_gradmon_noted", False):  # one error, of which several metrics hear
             return
         error.__dict__["_gradmon_noted"] = True
-        self[where] += 1
-        if self[where] == 1:
+        with self._lock:  # sinks have threads of their own
+            self[where] += 1
+            first = self[where] == 1
+        if first:
             _LOG.error("%s: %s failed; training goes on", self.run, where, exc_info=error)
 
     def guard(self, where: str, work: Callable[[], _T], otherwise: _T) -> _T:
@@ -51,17 +61,28 @@ class Publisher:
     Args:
         alerts: ``"default"``, rules, or None for none.
         failures: Where errors of rules and sinks are counted; they go no further.
+        on_alert: What else to do about an alert.
+
+    Attributes:
+        should_stop: Whether an alert has asked for the end of the training.
 
     Raises:
-        ArgumentError: `alerts` holds what is no rule, or two of one name.
+        ArgumentError: `alerts` holds what is no rule, or two of one name; `on_alert` is not what it must be.
     """
 
-    def __init__(self, alerts: str | Iterable[Rule] | None, failures: Failures) -> None:
+    def __init__(
+        self, alerts: str | Iterable[Rule] | None, failures: Failures, on_alert: OnAlert | object = None
+    ) -> None:
         self._rules = default_rules() if alerts == "default" else _checked(alerts)
-        self._failures = failures
+        if on_alert not in ("log", "stop", None) and not callable(on_alert):
+            raise ArgumentError("on_alert", 'be "log", "stop", callable with an alert, or None', repr(on_alert))
+        self._failures, self._on_alert = failures, on_alert
+        self._log = LogSink(_LOG)
         self._sinks: list[Sink] = []
+        self._listening: dict[tuple[str, bool], list[Rule]] = {}
         self._active: dict[tuple[str, str | None], Alert] = {}
         self._readings: dict[str, Reading] = {}
+        self.should_stop = False
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -73,7 +94,19 @@ class Publisher:
         """The alerts that fire now, oldest first."""
         return list(self._active.values())
 
-    def open(self, sinks: Sink | str | Iterable[Sink | str] | None, run: str, rank: int) -> None:
+    @property
+    def sink_errors(self) -> int:
+        """How often a sink has failed."""
+        return sum(count for where, count in self._failures.items() if where.startswith("sink "))
+
+    @property
+    def sink_dropped(self) -> int:
+        """How many readings and alerts were dropped because a sink was too slow."""
+        return sum(sink.dropped for sink in self._sinks if isinstance(sink, Background))
+
+    def open(
+        self, sinks: Sink | str | Iterable[Sink | str] | None, run: str, rank: int, info: Info | None = None
+    ) -> None:
         """Make the sinks and tell them the run; where one cannot be made, those before it are closed.
 
         Raises:
@@ -81,12 +114,19 @@ class Publisher:
         """
         if sinks is not None and not isinstance(sinks, (str, Sink, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("sinks", "be sinks or strings", repr(sinks))
+        self._log.bind(run, rank)
         try:
-            for sink in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
-                self._sinks.append(make_sink(sink))
+            for given in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
+                sink = make_sink(given)
+                if not getattr(sink, "immediate", False):
+                    where = f"sink {type(sink).__name__}"
+                    sink = Background(sink, lambda error, where=where: self._failures.note(where, error))
+                self._sinks.append(sink)
             for sink in self._sinks:
                 if isinstance(sink, RunAware):
                     sink.bind(run, rank)
+                if isinstance(sink, InfoAware):
+                    sink.describe(info or {})
         except BaseException:
             self.close()
             raise
@@ -95,8 +135,10 @@ class Publisher:
         """Take new readings: to the rules one by one, to every sink together, and then the alerts."""
         changes: list[Alert] = []
         for reading in readings:
-            self._readings[reading.name if reading.layer is None else f"{reading.name}/{reading.layer}"] = reading
-            for rule in self._rules:
+            whole = reading.layer is None
+            self._readings[reading.name if whole else f"{reading.name}/{reading.layer}"] = reading
+            rules = self._listening.get((reading.name, whole))
+            for rule in self._listeners(reading.name, whole) if rules is None else rules:
                 alert = self._failures.guard(f"alert {rule.name}", lambda a=rule, r=reading: a(r), None)
                 if alert is not None:
                     changes.append(alert)
@@ -106,14 +148,53 @@ class Publisher:
             if alert.state == "firing":
                 self._active[(alert.rule, alert.layer)] = alert
             self._to_sinks(lambda sink, change=alert: sink.alert(change))
+            self._failures.guard("on_alert", lambda change=alert: self._act(change), None)
+
+    def _listeners(self, name: str, whole: bool) -> list[Rule]:
+        """The rules that look at readings of a name; those that do not say what they look at get everything."""
+        found: list[Rule] = []
+        for rule in self._rules:
+            names = getattr(rule, "listens", None)
+            layers = getattr(rule, "layered", True)
+            if (names is None or name in names) and (whole or layers):
+                found.append(rule)
+        self._listening[name, whole] = found
+        return found
+
+    def _act(self, alert: Alert) -> None:
+        """Do about an alert what was asked for."""
+        act = self._on_alert
+        if act in ("log", "stop"):
+            if not any(isinstance(sink, LogSink) for sink in self._sinks):
+                self._log.alert(alert)
+            if act == "stop" and alert.state == "firing" and alert.severity == "critical" and not self.should_stop:
+                self.should_stop = True
+                _LOG.critical("%s: the training should stop: %s", self._failures.run, alert.message)
+        elif callable(act):
+            act(alert)
 
     def _to_sinks(self, give: Callable[[Sink], None]) -> None:
         for sink in self._sinks:
-            self._failures.guard(f"sink {type(sink).__name__}", lambda s=sink: give(s), None)
+            held = sink.sink if isinstance(sink, Background) else sink
+            self._failures.guard(f"sink {type(held).__name__}", lambda s=sink: give(s), None)
 
-    def close(self) -> None:
-        """Close the sinks; a second call does nothing."""
+    def flush(self, seconds: float) -> bool:
+        """Wait until all sinks have taken what they were given; whether they have, in that time."""
+        deadline = time.monotonic() + seconds
+        return not [
+            sink for sink in self._sinks if isinstance(sink, Background) and not sink.wait(deadline - time.monotonic())
+        ]
+
+    def close(self, succeeded: bool | None = None) -> None:
+        """Tell the sinks how the run ended, if that is known, and close them; a second call does nothing."""
+        if succeeded is not None:
+            self._to_sinks(lambda sink: sink.finish(succeeded) if isinstance(sink, EndAware) else None)
         self._to_sinks(lambda sink: sink.close())
+        if not self.flush(_PATIENCE):
+            for sink in self._sinks:
+                if isinstance(sink, Background) and not sink.wait(0):
+                    late = TimeoutError(f"{type(sink.sink).__name__} did not come to its end in {_PATIENCE:g} s")
+                    self._failures.note(f"sink {type(sink.sink).__name__}", late)
         self._sinks = []
 
     def state_dict(self) -> dict[str, Any]:

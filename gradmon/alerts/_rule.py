@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Alert, Reading, Severity, State
 
+Remedy = str | Callable[[Reading, Mapping[str, float]], str]
+"""What to change, in words; or how to say it with numbers, from the reading and the newest values of `CONTEXT`."""
+CONTEXT = frozenset({"learning_rate", "batch_size", "update_ratio"})
+"""The readings that remedies may want to know."""
+
 
 @runtime_checkable
 class Rule(Protocol):
-    """Turns readings into alerts. A rule that also has `state_dict` and `load_state_dict` is saved with the monitor."""
+    """Turns readings into alerts. A rule that also has `state_dict` and `load_state_dict` is saved with the monitor.
+
+    A rule that has an attribute `listens`, a set of names, gets the readings of these names only; one with ``layered =
+    False`` none of single layers.
+    """
 
     @property
     def name(self) -> str:
@@ -45,19 +54,28 @@ class Switching(ABC):
     Args:
         name: The alert's name.
         severity: ``info``, ``warning`` or ``critical``.
-        remedy: What to change.
+        remedy: What to change, or a function that says it with numbers.
         after: How many bad readings in a row make it fire.
         clear_after: How many good ones in a row make it resolve.
+
+    Attributes:
+        listens: The names of the readings that it looks at; None for all.
+        layered: Whether it looks at readings of single layers.
 
     Raises:
         ArgumentError: An argument is not what it must be.
     """
 
-    def __init__(self, name: str, severity: Severity, remedy: str, after: int, clear_after: int) -> None:
+    listens: frozenset[str] | None = None
+    layered = False
+
+    def __init__(self, name: str, severity: Severity, remedy: Remedy, after: int, clear_after: int) -> None:
         if not isinstance(name, str) or not name or name != name.lower() or " " in name:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("name", "be lower-case words joined by underscores", repr(name))
         if severity not in ("info", "warning", "critical"):
             raise ArgumentError("severity", 'be "info", "warning" or "critical"', repr(severity))
+        if not isinstance(remedy, str) and not callable(remedy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("remedy", "be words, or a function of a reading and what is known", repr(remedy))
         check_count("after", after, 1)
         check_count("clear_after", clear_after, 1)
         self.name = name
@@ -67,6 +85,7 @@ class Switching(ABC):
         self.clear_after = clear_after
         self._firing: dict[str | None, bool] = {}
         self._against: dict[str | None, int] = {}
+        self._known: dict[str, float] = {}
 
     @abstractmethod
     def judge(self, reading: Reading) -> Judgement | None:
@@ -74,6 +93,8 @@ class Switching(ABC):
 
     def __call__(self, reading: Reading) -> Alert | None:
         """An alert if this reading makes the rule fire or resolve; None otherwise."""
+        if reading.name in CONTEXT and reading.layer is None and math.isfinite(reading.value):
+            self._known[reading.name] = reading.value
         found = self.judge(reading)
         if found is None:
             return None
@@ -86,7 +107,8 @@ class Switching(ABC):
         message, blame = found.message, () if firing else reading.blame
         if blame:
             message += f" Mostly in {', '.join(f'`{name}`' for name in blame)}."
-        return Alert(self.name, self.severity, state, reading.value, reading.step, layer, message, self.remedy, blame)
+        remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(reading, dict(self._known))
+        return Alert(self.name, self.severity, state, reading.value, reading.step, layer, message, remedy, blame)
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""

@@ -10,7 +10,16 @@ from typing import Any, Literal
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Reading, Severity
-from gradmon.alerts._rule import Judgement, Switching, check_count, check_limit, check_metric, speaks_of
+from gradmon.alerts._rule import (
+    CONTEXT,
+    Judgement,
+    Remedy,
+    Switching,
+    check_count,
+    check_limit,
+    check_metric,
+    speaks_of,
+)
 
 Direction = Literal["up", "down", "both"]
 
@@ -30,7 +39,7 @@ class Drift(Switching):
         direction: ``up``, ``down`` or ``both``.
         name: The alert's name; None for ``<metric>_drift``.
         severity: ``info``, ``warning`` or ``critical``.
-        remedy: What to change.
+        remedy: What to change, or a function that says it with numbers; it also knows ``usual``, the median.
         after: How many readings in a row must be off before it fires.
         clear_after: How many in a row must not be before it resolves.
 
@@ -49,7 +58,7 @@ class Drift(Switching):
         direction: Direction = "both",
         name: str | None = None,
         severity: Severity = "warning",
-        remedy: str = "",
+        remedy: Remedy = "",
         after: int = 1,
         clear_after: int = 1,
     ) -> None:
@@ -67,6 +76,7 @@ class Drift(Switching):
         super().__init__(f"{metric}_drift" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.deviations, self.least, self.floor = metric, deviations, least, floor
         self.direction: Direction = direction
+        self.listens = CONTEXT | {metric}
         self._values: deque[float] = deque(maxlen=window)
 
     def judge(self, reading: Reading) -> Judgement | None:
@@ -76,7 +86,7 @@ class Drift(Switching):
         if len(self._values) < self.least:
             self._remember(reading.value)
             return None
-        centre = median(self._values)
+        centre = self._known["usual"] = median(self._values)
         spread = 1.4826 * median(abs(value - centre) for value in self._values)
         off = reading.value - centre
         wanted = {"up": off > 0, "down": off < 0, "both": True}[self.direction]

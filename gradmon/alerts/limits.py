@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from gradmon._errors import ArgumentError
 from gradmon._reading import Reading, Severity
-from gradmon.alerts._rule import Judgement, Switching, check_limit, check_metric, speaks_of
+from gradmon.alerts._rule import CONTEXT, Judgement, Remedy, Switching, check_limit, check_metric, speaks_of
 
 
 class Above(Switching):
@@ -16,7 +17,7 @@ class Above(Switching):
         limit: The limit.
         name: The alert's name; None for ``<metric>_high``.
         severity: ``info``, ``warning`` or ``critical``.
-        remedy: What to change.
+        remedy: What to change, or a function that says it with numbers.
         after: How many readings in a row must be above before it fires.
         clear_after: How many in a row must not be before it resolves.
 
@@ -36,7 +37,7 @@ class Above(Switching):
         *,
         name: str | None = None,
         severity: Severity = "warning",
-        remedy: str = "",
+        remedy: Remedy = "",
         after: int = 1,
         clear_after: int = 1,
     ) -> None:
@@ -44,6 +45,7 @@ class Above(Switching):
         check_limit("limit", limit)
         super().__init__(f"{metric}_high" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.limit = metric, limit
+        self.listens = CONTEXT | {metric}
 
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad if above; None for other metrics, layers and NaN."""
@@ -61,7 +63,7 @@ class Below(Switching):
         limit: The limit.
         name: The alert's name; None for ``<metric>_low``.
         severity: ``info``, ``warning`` or ``critical``.
-        remedy: What to change.
+        remedy: What to change, or a function that says it with numbers.
         after: How many readings in a row must be below before it fires.
         clear_after: How many in a row must not be before it resolves.
 
@@ -76,7 +78,7 @@ class Below(Switching):
         *,
         name: str | None = None,
         severity: Severity = "warning",
-        remedy: str = "",
+        remedy: Remedy = "",
         after: int = 1,
         clear_after: int = 1,
     ) -> None:
@@ -84,6 +86,7 @@ class Below(Switching):
         check_limit("limit", limit)
         super().__init__(f"{metric}_low" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.limit = metric, limit
+        self.listens = CONTEXT | {metric}
 
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad if below; None for other metrics, layers and NaN."""
@@ -93,13 +96,61 @@ class Below(Switching):
         return Judgement(bad, f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}below {self.limit:.4g}.")
 
 
+class Outside(Switching):
+    """Fires while a metric is outside of a range.
+
+    Args:
+        metric: The metric.
+        low: What is below is bad.
+        high: What is above is bad.
+        name: The alert's name; None for ``<metric>_out_of_range``.
+        severity: ``info``, ``warning`` or ``critical``.
+        remedy: What to change, or a function that says it with numbers.
+        after: How many readings in a row must be outside before it fires.
+        clear_after: How many in a row must not be before it resolves.
+
+    Raises:
+        ArgumentError: An argument is not what it must be.
+    """
+
+    def __init__(
+        self,
+        metric: str,
+        low: float,
+        high: float,
+        *,
+        name: str | None = None,
+        severity: Severity = "warning",
+        remedy: Remedy = "",
+        after: int = 1,
+        clear_after: int = 1,
+    ) -> None:
+        check_metric(metric)
+        check_limit("low", low)
+        check_limit("high", high)
+        if not low < high:
+            raise ArgumentError("high", f"be above `low`, {low}", high)
+        super().__init__(f"{metric}_out_of_range" if name is None else name, severity, remedy, after, clear_after)
+        self.metric, self.low, self.high = metric, low, high
+        self.listens = CONTEXT | {metric}
+
+    def judge(self, reading: Reading) -> Judgement | None:
+        """Bad if outside; None for other metrics, layers and NaN."""
+        if not speaks_of(reading, self.metric):
+            return None
+        if self.low <= reading.value <= self.high:
+            return Judgement(False, f"{self.metric} is {reading.value:.4g}, within {self.low:.4g} and {self.high:.4g}.")
+        side = f"below {self.low:.4g}" if reading.value < self.low else f"above {self.high:.4g}"
+        return Judgement(True, f"{self.metric} is {reading.value:.4g}, {side}.")
+
+
 class NonFinite(Switching):
     """Fires while the loss or the gradient is not finite.
 
     Args:
         name: The alert's name.
         severity: ``info``, ``warning`` or ``critical``.
-        remedy: What to change.
+        remedy: What to change, or a function that says it with numbers.
 
     Raises:
         ArgumentError: An argument is not what it must be.
@@ -110,7 +161,8 @@ class NonFinite(Switching):
         *,
         name: str = "nonfinite",
         severity: Severity = "critical",
-        remedy: str = "Lower the learning rate, clip the gradient, and look for a division by zero or a log of zero.",
+        remedy: Remedy = "Lower the learning rate, clip the gradient, and look for a division by zero or a log of "
+        "zero.",
     ) -> None:
         super().__init__(name, severity, remedy, 1, 1)
 

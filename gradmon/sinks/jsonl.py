@@ -22,9 +22,10 @@ class JsonlSink:
     """Appends to a file of JSON lines.
 
     Each line is an object with a ``kind``: ``run`` (``run``, ``rank``, ``version`` of the file format, ``time`` in
-    seconds since 1970), ``reading`` or ``alert`` (their fields; those that are None are left out). A run line precedes
-    what its run wrote. The JSON is strict: NaN is written as ``null``, the infinities as ``"inf"`` and ``"-inf"``.
-    Every write is flushed, so that a killed process loses at most the line it was writing.
+    seconds since 1970), ``info`` (what describes the run), ``reading`` or ``alert`` (their fields; those that are None
+    are left out), and at last ``end`` (``succeeded``, ``time``). A run line precedes what its run wrote. The JSON is
+    strict: NaN is written as ``null``, the infinities as ``"inf"`` and ``"-inf"``. Every write is flushed, so that a
+    killed process loses at most the line it was writing.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -60,6 +61,23 @@ class JsonlSink:
         """
         self._headed = True
         self._append(_header(run, rank))
+
+    def describe(self, info: Mapping[str, str | int | float | bool]) -> None:
+        """Append the line that describes the run, and flush.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        told = {name: _number(value) if isinstance(value, float) else value for name, value in info.items()}
+        self._append(_line("info", {"info": told}))
+
+    def finish(self, succeeded: bool) -> None:
+        """Append the line that says how the run ended, and flush.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._append(_line("end", {"succeeded": succeeded, "time": time.time()}))
 
     def write(self, readings: Sequence[Reading]) -> None:
         """Append one line a reading, and flush.
@@ -103,8 +121,32 @@ class Recording(NamedTuple):
     alerts: list[Alert]
 
 
+class RunLog(NamedTuple):
+    """What a file of JSON lines holds of one run, also if it was interrupted and went on.
+
+    Attributes:
+        run: Its name; that of the file where it has none.
+        rank: The process's rank.
+        time: When it began, in seconds since 1970.
+        info: What describes it; numbers, strings and booleans.
+        readings: In the order in which they were written.
+        alerts: In the order in which they were written.
+        succeeded: Whether it came to its end by itself; None where it was killed, or still runs.
+        ended: When it ended, in seconds since 1970; None where nothing says so.
+    """
+
+    run: str
+    rank: int
+    time: float
+    info: dict[str, Any]
+    readings: list[Reading]
+    alerts: list[Alert]
+    succeeded: bool | None
+    ended: float | None
+
+
 def read_jsonl(path: str | os.PathLike[str]) -> Recording:
-    """Read back what a `JsonlSink` wrote.
+    """Read back what a `JsonlSink` wrote, whatever runs it is from.
 
     A line that a killed process left unfinished is skipped, be it the last one or followed by the next run's. Lines of
     a kind that is not known here are skipped as well.
@@ -120,6 +162,51 @@ def read_jsonl(path: str | os.PathLike[str]) -> Recording:
             a newer version of the format.
     """
     recording = Recording([], [])
+    for _, readings, alerts in _parts(path):
+        recording.readings.extend(readings)
+        recording.alerts.extend(alerts)
+    return recording
+
+
+def read_runs(path: str | os.PathLike[str]) -> list[RunLog]:
+    """Read back what a `JsonlSink` wrote, run by run and rank by rank, in the order in which they began.
+
+    A run that was resumed has several run lines: what follows them is put together. Unfinished lines and lines of an
+    unknown kind are skipped, as by `read_jsonl`.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The runs.
+
+    Raises:
+        ArgumentError: As for `read_jsonl`.
+    """
+    found: dict[tuple[str, int], RunLog] = {}
+    for head, readings, alerts in _parts(path):
+        key = (head.get("run") or Path(path).stem, int(head.get("rank") or 0))
+        log = found.get(key) or RunLog(*key, float(head.get("time") or 0.0), {}, [], [], None, None)
+        info: dict[str, Any] = {**log.info, **head.get("info", {})}
+        end: dict[str, Any] = head.get("end", {})
+        log = log._replace(info=info, succeeded=end.get("succeeded"), ended=end.get("time"))
+        log.readings.extend(readings)
+        log.alerts.extend(alerts)
+        found[key] = log
+    return list(found.values())
+
+
+_Part = tuple[dict[str, Any], list[Reading], list[Alert]]
+"""A run line with what was said of the run under ``info`` and ``end``, and what follows it."""
+
+
+def _parts(path: str | os.PathLike[str]) -> list[_Part]:
+    """What follows each run line.
+
+    Raises:
+        ArgumentError: As for `read_jsonl`.
+    """
+    parts: list[_Part] = []
     try:
         # Not splitlines(): that also splits at characters which a line of JSON may hold.
         lines = _checked(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -129,17 +216,23 @@ def read_jsonl(path: str | os.PathLike[str]) -> Recording:
         kind = fields.pop("kind", None)
         try:
             newer = kind == "run" and fields["version"] > FORMAT_VERSION
+            if kind == "run" or (not parts and kind in ("info", "reading", "alert", "end")):
+                parts.append((fields if kind == "run" else {}, [], []))
             if kind == "reading":
-                recording.readings.append(Reading(**_decoded(fields, Reading._fields)))
+                parts[-1][1].append(Reading(**_decoded(fields, Reading._fields)))
             elif kind == "alert":
                 optional: dict[str, Any] = {"step": None, "layer": None}
-                recording.alerts.append(Alert(**(optional | _decoded(fields, Alert._fields))))
+                parts[-1][2].append(Alert(**(optional | _decoded(fields, Alert._fields))))
+            elif kind == "info":
+                parts[-1][0]["info"] = dict(fields["info"])
+            elif kind == "end":
+                parts[-1][0]["end"] = {"succeeded": bool(fields["succeeded"]), "time": float(fields["time"])}
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError("path", _FORMAT, f"line {number} of {os.fspath(path)}") from error
         if newer:
             must = f"be written in version {FORMAT_VERSION} of the file format or an older one"
             raise ArgumentError("path", must, f"version {fields['version']} in {os.fspath(path)}")
-    return recording
+    return parts
 
 
 def _checked(path: object) -> Path:

@@ -18,6 +18,9 @@ class LogSink:
     its severity, a resolved one at INFO.
     """
 
+    # Between the program's own lines, at the place where it happened.
+    immediate = True
+
     def __init__(self, logger: logging.Logger | None = None, level: int | str = logging.INFO) -> None:
         """Choose where to.
 

@@ -16,6 +16,8 @@ class MemorySink:
         alerts: Every alert, in the order in which it came.
     """
 
+    immediate = True
+
     def __init__(self) -> None:
         self.readings: list[Reading] = []
         self.alerts: list[Alert] = []

@@ -11,6 +11,7 @@ from torch import nn
 
 import gradmon
 from gradmon import ArgumentError, Monitor, budget
+from gradmon.metrics import OWN
 from gradmon.schedules import Ledger
 from gradmon.sinks import MemorySink
 
@@ -311,7 +312,7 @@ EVIDENCE = {
     "step": {"Step", "StepPair"},
 }
 NEXT = {"step_condition", "step_share", "batch_share"}
-CLOCK = {"probe_seconds", "monitor_overhead", "monitor_failures"}
+CLOCK = set(OWN)
 
 
 def group_of(name):

@@ -117,6 +117,11 @@ def read(sink, start=0):
     return [str(reading) for reading in sink.readings[start:] if reading.name not in CLOCK]
 
 
+def told(alerts):
+    """The alerts, but for that on the times; as text."""
+    return [str(alert) for alert in alerts if alert.rule != "overhead_high"]
+
+
 def assert_resumes_everywhere(*, dtype=torch.float64, **made):
     """Saved after every step, each time taken up by a new run, which goes on to the end."""
     run, batches = Run(**made), data(dtype)
@@ -135,8 +140,8 @@ def assert_resumes_everywhere(*, dtype=torch.float64, **made):
             again.step(batch)
         readings, alerts = seen[number]
         assert read(again.sink) == read(run.sink, readings), f"resumed after step {number}"
-        assert [str(a) for a in again.sink.alerts] == [str(a) for a in run.sink.alerts[alerts:]]
-        assert again.monitor.alerts == run.monitor.alerts
+        assert told(again.sink.alerts) == told(run.sink.alerts[alerts:])
+        assert told(again.monitor.alerts) == told(run.monitor.alerts)
         names = run.monitor.readings.keys() - CLOCK
         assert {n: str(again.monitor.readings[n]) for n in names} == {n: str(run.monitor.readings[n]) for n in names}
         assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))

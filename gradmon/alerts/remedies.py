@@ -1,0 +1,84 @@
+"""What to change, with numbers: from the reading that raised an alert, learning rate and batch size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from gradmon._reading import Reading
+
+_KEPT = 0.4
+"""The part of the gradient that a step may destroy for the suggested learning rate: well below all of it."""
+_USUAL_UPDATE = 1e-2
+"""The relative length of a step to come back to: ten times what is usual, a tenth of the limit."""
+
+Known = Mapping[str, float]
+
+
+def shorter_step(reading: Reading, known: Known) -> str:
+    """For `step_ratio`: the change of the gradient along a step is about proportional to the learning rate."""
+    destroyed = f"The step destroys {_percent(reading.value)} of the gradient"
+    return f"{destroyed}: {_lower(known, _KEPT / reading.value if reading.value > 0 else math.nan)}."
+
+
+def better_conditioned(reading: Reading, known: Known) -> str:
+    """For `weight_condition`: times the relative length of the step, it bounds what the step destroys."""
+    general = "if that does not help, change the initialisation or add normalisation."
+    update = known.get("update_ratio", math.nan)
+    at_most = reading.value * update
+    if at_most > 1:
+        could = f"A step of {_percent(update)} of the weights' length could destroy {_percent(at_most)} of the gradient"
+        return f"{could}: {_lower(known, _KEPT / at_most)}; {general}"
+    return f"Lower the learning rate; {general}"
+
+
+def smaller_update(reading: Reading, known: Known) -> str:
+    """For `update_ratio`, on either side."""
+    if reading.value > _USUAL_UPDATE:
+        shorter = _lower(known, _USUAL_UPDATE / reading.value)
+        return f"A step is {_percent(reading.value)} of the weights' length: {shorter}."
+    return (
+        "Raise the learning rate; look for a schedule that has run out, or a gradient that is clipped away"
+        f"{_now(known)}."
+    )
+
+
+def larger_batch(reading: Reading, known: Known) -> str:
+    """For `noise_ratio`: signal and noise are equally strong at B times as much."""
+    size, ratio = known.get("batch_size", math.nan), reading.value
+    if not (math.isfinite(size) and math.isfinite(ratio) and ratio > 1):
+        return "Raise the batch size, or accumulate gradients over more micro-batches."
+    return (
+        f"Raise the batch size from {size:.0f} towards {_round(size * ratio):.0f}, where signal and noise are equally "
+        f"strong, or accumulate gradients over {math.ceil(ratio):.0f} micro-batches."
+    )
+
+
+def clipped(reading: Reading, known: Known) -> str:
+    """For a `grad_norm` far above its median."""
+    usual = known.get("usual", math.nan)
+    if not (math.isfinite(usual) and usual > 0):
+        return "Lower the learning rate or clip the gradient."
+    at = f"{_round(2 * usual):g}, twice its usual norm"
+    return f"Clip the gradient at about {at}, or lower the learning rate{_now(known)}."
+
+
+def _lower(known: Known, factor: float) -> str:
+    rate = known.get("learning_rate", math.nan)
+    if not (math.isfinite(rate) and rate > 0 and 0 < factor < 1):
+        return "lower the learning rate"
+    return f"lower the learning rate from {rate:.3g} to about {_round(rate * factor):g}"
+
+
+def _now(known: Known) -> str:
+    rate = known.get("learning_rate", math.nan)
+    return f" (it is {rate:.3g} now)" if math.isfinite(rate) else ""
+
+
+def _round(value: float) -> float:
+    """To one significant digit."""
+    return float(f"{value:.0e}")
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %" if math.isfinite(value) else "more than all"

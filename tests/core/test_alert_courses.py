@@ -1,0 +1,288 @@
+"""Rules on courses and layers, remedies with numbers, and what a monitor does about an alert."""
+
+import json
+import logging
+import math
+import re
+
+import pytest
+import torch
+
+from gradmon import ArgumentError, Monitor, Reading, every
+from gradmon.alerts import Above, DeadLayer, Drift, NonFinite, Outside, Rising, Stalled, default_rules
+from gradmon.sinks import LogSink, MemorySink
+
+
+def states(rule, readings):
+    """The changes of state that some readings lead to."""
+    return [alert.state for reading in readings if (alert := rule(reading)) is not None]
+
+
+def of(name, values, layer=None):
+    return [Reading(name, value, step, layer) for step, value in enumerate(values, 1)]
+
+
+def rule_named(name):
+    (rule,) = [rule for rule in default_rules() if rule.name == name]
+    return rule
+
+
+def fired(name, *readings, times=5):
+    """The alert that some readings, repeated, raise."""
+    rule = rule_named(name)
+    alerts = [alert for _ in range(times) for reading in readings if (alert := rule(reading)) is not None]
+    assert [alert.state for alert in alerts] == ["firing"]
+    return alerts[0]
+
+
+def test_outside_fires_on_both_sides():
+    rule = Outside("update_ratio", 1e-8, 0.1, after=2)
+    assert states(rule, of("update_ratio", [1e-9, 1e-3, 1e-9, 1.0, 0.5, 1e-3])) == ["firing", "resolved"]
+    assert rule.name == "update_ratio_out_of_range"
+    below = Outside("m", 1.0, 2.0)(Reading("m", 0.5))
+    assert below.message == "m is 0.5, below 1."
+    above = Outside("m", 1.0, 2.0)(Reading("m", 2.5))
+    assert above.message == "m is 2.5, above 2."
+    # The limits themselves are inside, and NaN says nothing.
+    assert states(Outside("m", 1.0, 2.0), of("m", [1.0, 2.0, math.nan])) == []
+
+
+def test_dead_layer_fires_for_the_layer_alone():
+    rule = DeadLayer(after=2)
+    probe = [Reading("grad_norm", 1.0), Reading("grad_norm", 0.0, 1, "a"), Reading("grad_norm", 1e-30, 1, "b")]
+    alerts = [alert for _ in range(3) for reading in probe if (alert := rule(reading)) is not None]
+    assert [(alert.layer, alert.state) for alert in alerts] == [("a", "firing")]
+    assert alerts[0].message == "No gradient arrives at `a`."
+    back = rule(Reading("grad_norm", 0.5, 9, "a"))
+    assert (back.layer, back.state) == ("a", "resolved")
+
+
+def test_dead_layer_is_quiet_while_the_whole_gradient_is_zero():
+    rule = DeadLayer(after=1)
+    assert states(rule, [Reading("grad_norm", 0.0), Reading("grad_norm", 0.0, 1, "a")]) == []
+    assert states(rule, [Reading("grad_norm", math.nan), Reading("grad_norm", math.nan, 1, "a")]) == []
+
+
+def test_dead_layer_of_a_real_model():
+    """A ReLU layer whose units are all off gets no gradient, and neither does what is before it."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    optimizer, sink = torch.optim.SGD(model.parameters(), lr=0.01), MemorySink()
+    loss = lambda model, batch: (model(batch) - 1).square().mean()  # noqa: E731
+    options = {"metrics": ["grad_norm"], "schedule": every(1), "layers": True, "sinks": sink, "on_alert": None}
+    with Monitor(model, optimizer, loss, **options) as monitor:
+        for _ in range(4):
+            batch = torch.randn(8, 3)
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+            monitor.step(batch)
+    assert {(alert.rule, alert.layer) for alert in sink.alerts if alert.rule == "dead_layer"} == {("dead_layer", "0")}
+
+
+def test_stalled_waits_for_a_full_window_and_forgives_noise():
+    falling = [10 * 0.99**step + 0.01 * (-1) ** step for step in range(100)]
+    assert states(Stalled("loss", window=20), of("loss", falling)) == []
+    assert states(Stalled("loss", window=20), of("loss", [1.0] * 19)) == []
+    assert states(Stalled("loss", window=20, after=1), of("loss", [1.0] * 20)) == ["firing"]
+    # Negative losses fall, too.
+    assert states(Stalled("loss", window=20), of("loss", [-10 - step for step in range(100)])) == []
+    assert states(Stalled("loss", window=20), of("loss", [-10 + step / 10 for step in range(100)])) == ["firing"]
+
+
+def test_stalled_resolves_when_the_loss_falls_again():
+    rule = Stalled("loss", window=20, after=3, clear_after=3)
+    course = [1.0] * 30 + [0.97**step for step in range(40)]
+    assert states(rule, of("loss", course)) == ["firing", "resolved"]
+
+
+def test_stalled_remembers():
+    first = Stalled("loss", window=10)
+    assert states(first, of("loss", [1.0] * 11)) == []
+    second = Stalled("loss", window=10)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert states(second, of("loss", [1.0])) == ["firing"]
+
+
+def test_rising_counts():
+    rule = Rising(("sink_errors", "sink_dropped"), "Errors", name="sink_errors", clear_after=2)
+    probes = [[0, 0], [0, 0], [1, 0], [1, 0], [1, 5], [1, 5], [1, 5], [1, 5]]
+    found = []
+    for errors, dropped in probes:
+        found.append(states(rule, [Reading("sink_errors", errors), Reading("sink_dropped", dropped)]))
+    assert found == [[], [], ["firing"], [], [], [], ["resolved"], []]
+    again = Rising(("sink_errors", "sink_dropped"), "Errors", name="sink_errors")
+    again.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert states(again, [Reading("sink_errors", 1), Reading("sink_dropped", 5)]) == []
+    assert again(Reading("sink_errors", 3)) is None
+    assert again(Reading("sink_dropped", 5)).message == "Errors: 8 so far, 2 of them new."
+
+
+def test_remedy_for_a_step_that_is_too_long_names_learning_rates():
+    alert = fired("step_too_long", Reading("learning_rate", 0.1), Reading("step_ratio", 1.4))
+    assert alert.remedy == "The step destroys 140 % of the gradient: lower the learning rate from 0.1 to about 0.03."
+    without = fired("step_too_long", Reading("step_ratio", 1.4))
+    assert without.remedy == "The step destroys 140 % of the gradient: lower the learning rate."
+
+
+@pytest.mark.parametrize("rate", [1e-3, 0.02, 5.0])
+def test_remedy_works_on_a_quadratic(rate):
+    """On a quadratic `step_ratio` is proportional to the learning rate: the advice leads to less than the limit."""
+    curvature = torch.tensor([30.0, 1.0], dtype=torch.float64)
+
+    def ratio(learning_rate):
+        weights = torch.ones(2, dtype=torch.float64)
+        gradient = curvature * weights
+        return float((curvature * learning_rate * gradient).norm() / gradient.norm())
+
+    factor = 1.7 / ratio(rate)
+    alert = fired("step_too_long", Reading("learning_rate", rate * factor), Reading("step_ratio", ratio(rate * factor)))
+    advised = float(re.search(r"to about (\S+)\.$", alert.remedy).group(1))
+    assert 0.25 < ratio(advised) < 0.6
+
+
+def test_remedy_for_noise_names_batch_sizes():
+    alert = fired("batch_too_noisy", Reading("batch_size", 64.0), Reading("noise_ratio", 12.5))
+    assert alert.remedy == (
+        "Raise the batch size from 64 towards 800, where signal and noise are equally strong, or accumulate gradients "
+        "over 13 micro-batches."
+    )
+    endless = fired("batch_too_noisy", Reading("batch_size", 64.0), Reading("noise_ratio", math.inf))
+    assert endless.remedy == "Raise the batch size, or accumulate gradients over more micro-batches."
+
+
+def test_remedy_for_conditioning_asks_whether_the_step_is_short_enough():
+    known = [Reading("learning_rate", 0.1), Reading("update_ratio", 1e-3)]
+    alert = fired("ill_conditioned", *known, Reading("weight_condition", 4000.0))
+    assert alert.remedy.startswith(
+        "A step of 0.1 % of the weights' length could destroy 400 % of the gradient: lower the learning rate from 0.1 "
+        "to about 0.01;"
+    )
+    known = [Reading("learning_rate", 0.1), Reading("update_ratio", 1e-5)]
+    assert fired("ill_conditioned", *known, Reading("weight_condition", 4000.0)).remedy.startswith("Lower the learning")
+
+
+def test_remedy_for_an_update():
+    rate = Reading("learning_rate", 0.1)
+    alert = fired("update_ratio_out_of_range", rate, Reading("update_ratio", 0.5))
+    assert alert.remedy == "A step is 50 % of the weights' length: lower the learning rate from 0.1 to about 0.002."
+    alert = fired("update_ratio_out_of_range", rate, Reading("update_ratio", 1e-9))
+    assert alert.remedy.startswith("Raise the learning rate;")
+    assert alert.remedy.endswith("(it is 0.1 now).")
+
+
+def test_remedy_for_an_explosion_names_the_usual_norm():
+    rule = rule_named("exploding")
+    for reading in of("grad_norm", [1.0, 1.1, 0.9, 1.0] * 5):
+        assert rule(reading) is None
+    assert rule(Reading("grad_norm", 1e4)).remedy.startswith("Clip the gradient at about 2, twice its usual norm, or")
+
+
+def test_a_remedy_of_ones_own():
+    rule = Above("loss", 1.0, remedy=lambda reading, known: f"{reading.value} {sorted(known)}")
+    rule(Reading("batch_size", 4.0))
+    assert rule(Reading("loss", 2.0)).remedy == "2.0 ['batch_size']"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Above("m", 1, remedy=3),
+         "`remedy` must be words, or a function of a reading and what is known. Got 3."),
+        (lambda: Outside("m", 2.0, 1.0), "`high` must be above `low`, 2.0. Got 1.0."),
+        (lambda: Outside("m", math.nan, 1.0), "`low` must be a number. Got nan."),
+        (lambda: Outside("", 0.0, 1.0), "`metric` must be the name of a metric. Got ''."),
+        (lambda: Stalled("loss", 1.0), "`fall` must be in (0, 1). Got 1.0."),
+        (lambda: Stalled("loss", "a"), "`fall` must be in (0, 1). Got a."),
+        (lambda: Stalled("loss", window=3), "`window` must be an integer of at least 4. Got 3."),
+        (lambda: Stalled(""), "`metric` must be the name of a metric. Got ''."),
+        (lambda: DeadLayer(after=0), "`after` must be an integer of at least 1. Got 0."),
+        (lambda: Rising((), "what", name="x"), "`counts` must be names of readings. Got ()."),
+        (lambda: Rising(("a",), "what", name="x", clear_after=0), "`clear_after` must be an integer of at least 1. Got 0."),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(make, message):
+    with pytest.raises(ArgumentError, match=re.escape(message)):
+        make()
+
+
+def diverging(**options):
+    """How far a training that explodes got, and its monitor."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e6)
+    loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+    with Monitor(model, optimizer, loss, metrics=["loss", "grad_norm"], schedule=every(1), **options) as monitor:
+        while monitor.steps < 30:
+            batch = torch.randn(8, 3)
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+            monitor.step(batch)
+            if monitor.should_stop:
+                break
+    return monitor.steps, monitor
+
+
+def test_stop_asks_for_the_end_at_a_critical_alert():
+    step, monitor = diverging(on_alert="stop")
+    assert step < 30
+    assert monitor.should_stop
+    assert "nonfinite" in {alert.rule for alert in monitor.alerts}
+    assert diverging(on_alert="log")[0] == 30
+
+
+def test_stop_does_not_end_for_less_than_critical():
+    step, monitor = diverging(on_alert="stop", alerts=[Above("loss", 0.0)])
+    assert step == 30
+    assert [alert.rule for alert in monitor.alerts] == ["loss_high"]
+
+
+def test_a_function_hears_of_every_alert_and_may_stop():
+    heard = []
+
+    def hear(alert):
+        heard.append((alert.rule, alert.state))
+        raise ValueError("boom")
+
+    step, monitor = diverging(on_alert=hear, alerts=[NonFinite()])
+    assert step == 30
+    assert heard == [("nonfinite", "firing")]
+    assert monitor.failures == {"on_alert": 1}
+    holder = []
+    model = torch.nn.Linear(1, 1)
+    monitor = Monitor(model, on_alert=lambda alert: holder[0].stop(), alerts=[Above("loss", 0.0)])
+    holder.append(monitor)
+    assert not monitor.should_stop
+    monitor._publisher.publish([Reading("loss", 1.0, 1)])
+    assert monitor.should_stop
+
+
+def test_alerts_are_logged_once(caplog):
+    with caplog.at_level(logging.INFO, "gradmon"):
+        diverging(alerts=[NonFinite()], run="mine")
+        assert [r.levelname for r in caplog.records if "nonfinite firing" in r.message] == ["CRITICAL"]
+        assert "mine: step" in caplog.text
+        caplog.clear()
+        diverging(alerts=[NonFinite()], sinks=[LogSink()])
+        assert len([r for r in caplog.records if "nonfinite firing" in r.message]) == 1
+        caplog.clear()
+        diverging(alerts=[NonFinite()], on_alert=None)
+        assert not [r for r in caplog.records if "nonfinite" in r.message]
+
+
+def test_on_alert_is_checked():
+    with pytest.raises(
+        ArgumentError, match=r'`on_alert` must be "log", "stop", callable with an alert, or None\. Got 3'
+    ):
+        Monitor(torch.nn.Linear(1, 1), on_alert=3)
+
+
+def test_drift_knows_what_is_usual_after_a_restart():
+    rule = Drift("m", least=3, remedy=lambda reading, known: f"{known['usual']:g}")
+    states(rule, of("m", [1.0] * 10))
+    again = Drift("m", least=3, remedy=lambda reading, known: f"{known['usual']:g}")
+    again.load_state_dict(rule.state_dict())
+    assert again(Reading("m", 100.0)).remedy == "1"
