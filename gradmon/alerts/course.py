@@ -131,7 +131,7 @@ class Rising(Switching):
     """Fires when the sum of some counts rises, and resolves when it does not any more.
 
     Args:
-        counts: The names of the readings, each a count so far, in the order in which they come; it judges with the last.
+        counts: The names of the readings, each a count so far, in the order in which they come.
         what: What they count, in words.
         name: The alert's name.
         severity: ``info``, ``warning`` or ``critical``.
@@ -154,7 +154,7 @@ class Rising(Switching):
     ) -> None:
         super().__init__(name, severity, remedy, 1, clear_after)
         self.counts = tuple(counts)
-        if not self.counts or not all(isinstance(count, str) for count in self.counts):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(counts, str) or not self.counts or not all(isinstance(count, str) for count in self.counts):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("counts", "be names of readings", repr(counts))
         self.listens = frozenset(self.counts)
         self.what = what

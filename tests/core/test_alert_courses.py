@@ -200,7 +200,9 @@ def test_a_remedy_of_ones_own():
         (lambda: Stalled(""), "`metric` must be the name of a metric. Got ''."),
         (lambda: DeadLayer(after=0), "`after` must be an integer of at least 1. Got 0."),
         (lambda: Rising((), "what", name="x"), "`counts` must be names of readings. Got ()."),
-        (lambda: Rising(("a",), "what", name="x", clear_after=0), "`clear_after` must be an integer of at least 1. Got 0."),
+        (lambda: Rising("sink_errors", "what", name="x"), "`counts` must be names of readings. Got 'sink_errors'."),
+        (lambda: Rising(["a"], "what", name="x", clear_after=0),
+         "`clear_after` must be an integer of at least 1. Got 0."),
     ],
 )  # fmt: skip
 def test_wrong_arguments(make, message):
