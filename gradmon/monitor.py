@@ -227,6 +227,11 @@ class Monitor:
         """How many steps have been seen."""
         return self._step
 
+    @property
+    def wants_batch(self) -> bool:
+        """Whether the batch of the step under way is going to be looked at; where not, `step` may be given None."""
+        return not self._closed and (bool(self._due) or self._observer.pending is not None)
+
     def step(self, batch: Batch) -> None:
         """Tell the monitor that a step was taken; on scheduled steps, look.
 
@@ -239,6 +244,16 @@ class Monitor:
         self.failures.guard("step", lambda: self._see(batch), None)
         self._due = []
         self.failures.guard("plan", self._plan, None)
+
+    def before_clipping(self) -> None:
+        """Tell a monitor without a `loss` that the gradients are complete, and about to be clipped.
+
+        To be called after the backward pass (with a gradient scaler: after ``unscale_``), and after each one where
+        gradients are accumulated. Without it the gradients are read as the optimizer finds them. With a `loss` they are
+        those of the monitor's own passes, and there is nothing to do.
+        """
+        if self.wants_batch and self._watch is not None and isinstance(self._observer, PassiveObserver):
+            self.failures.guard("before_clipping", self._watch.complete, None)
 
     def _see(self, batch: Batch) -> None:
         """Look at the step that was taken, and finish what waited for it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,8 @@ class Collected:
         """Note the types in which gradients arrive and products are made of them."""
         for gradient in arrived:
             if gradient is not None:
-                self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
-                made = torch.finfo(torch.promote_types(gradient.dtype, coarsest)).eps
-                self.work_epsilon = max(self.work_epsilon, made)
+                self.epsilon = max(self.epsilon, _epsilon(gradient.dtype))
+                self.work_epsilon = max(self.work_epsilon, _epsilon(torch.promote_types(gradient.dtype, coarsest)))
 
     def join(self, group: Group) -> None:
         """Count the examples of a forward pass."""
@@ -178,14 +178,16 @@ class Collected:
 
     def add_gradient(self, position: int, task: int, gradient: Tensor) -> None:
         """Note what a parameter was sent as a whole by one backward pass."""
-        self.epsilon = max(self.epsilon, torch.finfo(gradient.dtype).eps)
+        self.epsilon = max(self.epsilon, _epsilon(gradient.dtype))
         flat = gradient.reshape(-1)
-        size = _square(flat)
-        parts = [
-            size if layout.picks is None else _square(flat.index_select(0, layout.picks[position]))
-            for layout in (self._weights, self._sampled)
-        ]
-        self._received[position, task] = size, parts[0], parts[1]
+        seen = sampled = size = _square(flat)
+        if self._weights.picks is not None:
+            seen = _square(flat.index_select(0, self._weights.picks[position]))
+        if self._sampled is self._weights:
+            sampled = seen
+        elif self._sampled.picks is not None:
+            sampled = _square(flat.index_select(0, self._sampled.picks[position]))
+        self._received[position, task] = size, seen, sampled
 
     def check(self) -> None:
         """Make sure that no gradient took a way that was not seen: all shares together are what was sent.
@@ -340,6 +342,12 @@ class Collected:
             return whole
         half = whole.new_zeros(examples, len(whole)).index_add_(0, owner, whole)
         return whole.new_zeros(examples, examples).index_add_(1, owner, half)
+
+
+@functools.cache
+def _epsilon(dtype: torch.dtype) -> float:
+    """The relative rounding error of a type."""
+    return torch.finfo(dtype).eps
 
 
 def _read(scalars: Iterable[Any]) -> list[float]:

@@ -315,7 +315,8 @@ class Recorder:
         if self.failure is not None:
             return
         try:
-            gradient = gradient.detach()
+            if gradient.requires_grad:
+                gradient = gradient.detach()
             if gradient.layout != torch.strided:
                 gradient = gradient.to_dense()
             now = running_backward() if task is None else task

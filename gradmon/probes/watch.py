@@ -117,14 +117,26 @@ class StepWatch:
         self._wanted = wanted
         self._failed = failed
         self._taken: Taken | None = None
+        self._inside: Taken | None = None
+        self._early: list[Tensor | None] = []
         self._left: LeftBehind | None = None
+        self._optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def take(self) -> Taken | None:
         """What the last step started from, once; None where no step was seen, or it was skipped."""
         taken, self._taken = self._taken, None
+        self._early = []
         self._deafen()
         return taken
+
+    def complete(self) -> None:
+        """Keep the gradients as they are now, instead of those that the coming step finds: they may be clipped."""
+        found = self._read(self._optimizer)
+        if self._inside is not None:
+            self._inside.gradients[:] = found
+        else:
+            self._early = found
 
     def listen(self) -> None:
         """See in the coming step whether its gradients stay as the backward pass leaves them."""
@@ -140,7 +152,7 @@ class StepWatch:
         """Take the hooks off."""
         self._hook.remove()
         self._deafen()
-        self._taken = None
+        self._taken, self._early = None, []
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         try:
@@ -158,7 +170,11 @@ class StepWatch:
 
         def watched() -> Any:
             """The closure; its first call makes the gradient at the weights before the step."""
-            value = closure()
+            self._inside = None if taken.gradients else taken
+            try:
+                value = closure()
+            finally:
+                self._inside = None
             if not taken.gradients:
                 try:
                     taken.gradients.extend(self._read(optimizer))
@@ -179,7 +195,8 @@ class StepWatch:
         parameters = trainable(self._model).values()
         values = [] if keep == "gradients" else [parameter.detach().clone() for parameter in parameters]
         scaled = getattr(optimizer, "grad_scale", None) is not None
-        gradients = [] if keep == "weights" or later else self._read(optimizer)
+        early, self._early = self._early, []
+        gradients = [] if keep == "weights" or later else early or self._read(optimizer)
         return Taken(values, gradients, plain and not scaled)
 
     def _read(self, optimizer: Optimizer) -> list[Tensor | None]:

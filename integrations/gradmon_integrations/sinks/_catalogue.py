@@ -1,16 +1,33 @@
-"""What the core says about its metrics, for titles and help texts."""
+"""What the core says about its readings, for titles and help texts."""
 
 from __future__ import annotations
 
+_OF_THE_RUN = frozenset({"learning_rate", "batch_size"})
+
 
 def metric_group(name: str) -> str:
-    """The group of a metric, such as ``step-consistency``; ``gradmon`` for names that the core does not know."""
+    """Where a reading belongs.
+
+    Args:
+        name: The reading's name.
+
+    Returns:
+        The metric's group, such as ``step-consistency``; ``health`` or ``monitor`` for what a monitor says beside the
+        metrics; ``gradmon`` for names that the core does not know.
+    """
+    if name in _own():
+        return "health" if name in _OF_THE_RUN else "monitor"
     return str(getattr(_metric(name), "group", "gradmon"))
 
 
 def metric_meaning(name: str) -> str:
-    """What a metric says, in words; empty where nothing is known."""
-    return str(getattr(_metric(name), "meaning", "")).strip()
+    """What a reading says, in words; empty where nothing is known."""
+    return str(getattr(_metric(name), "meaning", "")).strip() or _own().get(name, "")
+
+
+def metric_remedy(name: str) -> str:
+    """What to do when a metric is bad; empty where nothing is known."""
+    return str(getattr(_metric(name), "remedy", "")).strip()
 
 
 def _metric(name: str) -> object:
@@ -18,3 +35,9 @@ def _metric(name: str) -> object:
     from gradmon.metrics import METRICS
 
     return METRICS.get(name)
+
+
+def _own() -> dict[str, str]:
+    from gradmon.metrics import OWN
+
+    return OWN
