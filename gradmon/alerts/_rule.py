@@ -13,7 +13,7 @@ from gradmon._reading import Alert, Reading, Severity, State
 
 Remedy = str | Callable[[Reading, Mapping[str, float]], str]
 """What to change, in words; or how to say it with numbers, from the reading and the newest values of `CONTEXT`."""
-CONTEXT = frozenset({"learning_rate", "batch_size", "update_ratio"})
+CONTEXT = frozenset({"learning_rate", "batch_size", "update_ratio", "step_ratio"})
 """The readings that remedies may want to know."""
 
 

@@ -12,6 +12,8 @@ _KEPT = 0.4
 _USUAL_UPDATE = 1e-2
 """The relative length of a step to come back to: ten times what is usual, a tenth of the limit."""
 
+_OTHERWISE = "change the initialisation or add normalisation"
+
 Known = Mapping[str, float]
 
 
@@ -22,14 +24,18 @@ def shorter_step(reading: Reading, known: Known) -> str:
 
 
 def better_conditioned(reading: Reading, known: Known) -> str:
-    """For `weight_condition`: times the relative length of the step, it bounds what the step destroys."""
-    general = "if that does not help, change the initialisation or add normalisation."
-    update = known.get("update_ratio", math.nan)
-    at_most = reading.value * update
-    if at_most > 1:
-        could = f"A step of {_percent(update)} of the weights' length could destroy {_percent(at_most)} of the gradient"
-        return f"{could}: {_lower(known, _KEPT / at_most)}; {general}"
-    return f"Lower the learning rate; {general}"
+    """For `weight_condition`: what a step really destroys says more than what one of its length could, at worst."""
+    destroyed = known.get("step_ratio", math.nan)
+    if destroyed > _KEPT:
+        shorter = _lower(known, _KEPT / destroyed)
+        return f"A step destroys {_percent(destroyed)} of the gradient: {shorter}; if that does not help, {_OTHERWISE}."
+    if destroyed <= _KEPT:
+        short = f"Steps are short enough now: one destroys {_percent(destroyed)} of the gradient. For longer ones"
+        return f"{short}, {_OTHERWISE}."
+    if reading.value * known.get("update_ratio", math.nan) > 1:
+        worst = "A step of this length could destroy the whole gradient, in the worst direction"
+        return f"{worst}: lower the learning rate{_now(known)}; if that does not help, {_OTHERWISE}."
+    return f"Lower the learning rate{_now(known)}; if that does not help, {_OTHERWISE}."
 
 
 def smaller_update(reading: Reading, known: Known) -> str:

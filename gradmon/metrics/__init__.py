@@ -164,7 +164,7 @@ OWN: dict[str, str] = {
     "learning_rate": "The optimizer's learning rate; the largest, if its parameter groups have different ones.",
     "batch_size": "How many examples the batch had.",
     "probe_seconds": "How long the monitor looked, in seconds.",
-    "monitor_overhead": "The part of the last 200 steps' time that the monitor took; 0.03 is 3 %.",
+    "monitor_overhead": "The monitor's time over the training's, over the last 200 steps; 0.03 is 3 %.",
     "monitor_failures": "How often something failed inside the monitor, so far.",
     "sink_errors": "How often a sink failed, so far.",
     "sink_dropped": "How many readings were dropped because a sink was too slow, so far.",

@@ -153,15 +153,30 @@ def test_remedy_for_noise_names_batch_sizes():
     assert endless.remedy == "Raise the batch size, or accumulate gradients over more micro-batches."
 
 
-def test_remedy_for_conditioning_asks_whether_the_step_is_short_enough():
-    known = [Reading("learning_rate", 0.1), Reading("update_ratio", 1e-3)]
-    alert = fired("ill_conditioned", *known, Reading("weight_condition", 4000.0))
-    assert alert.remedy.startswith(
-        "A step of 0.1 % of the weights' length could destroy 400 % of the gradient: lower the learning rate from 0.1 "
-        "to about 0.01;"
-    )
-    known = [Reading("learning_rate", 0.1), Reading("update_ratio", 1e-5)]
-    assert fired("ill_conditioned", *known, Reading("weight_condition", 4000.0)).remedy.startswith("Lower the learning")
+@pytest.mark.parametrize(("known", "remedy"), [
+    (
+        {"learning_rate": 0.1, "step_ratio": 2.0},
+        "A step destroys 200 % of the gradient: lower the learning rate from 0.1 to about 0.02; if that does not help, "
+        "change the initialisation or add normalisation.",
+    ),
+    (
+        {"learning_rate": 0.1, "step_ratio": 0.05, "update_ratio": 1e-2},
+        "Steps are short enough now: one destroys 5 % of the gradient. For longer ones, change the initialisation or "
+        "add normalisation.",
+    ),
+    (
+        {"learning_rate": 0.1, "update_ratio": 1e-2},
+        "A step of this length could destroy the whole gradient, in the worst direction: lower the learning rate (it "
+        "is 0.1 now); if that does not help, change the initialisation or add normalisation.",
+    ),
+    (
+        {"update_ratio": 1e-5},
+        "Lower the learning rate; if that does not help, change the initialisation or add normalisation.",
+    ),
+])  # fmt: skip
+def test_remedy_for_conditioning_looks_at_the_step(known, remedy):
+    readings = [Reading(name, value) for name, value in known.items()]
+    assert fired("ill_conditioned", *readings, Reading("weight_condition", 4000.0)).remedy == remedy
 
 
 def test_remedy_for_an_update():
