@@ -28,7 +28,8 @@ class Drift(Switching):
     """Fires while a metric is far from where it has been, in robust standard deviations.
 
     ``|x - median| > deviations * max(1.4826 MAD, floor * |median|)`` over the window of readings before it. Readings
-    that are far off do not enter the window, so that a drift is not learnt as normal.
+    that are far off do not enter the window, so that a drift is not learnt as normal; only a whole window of nothing
+    but such readings is the new level.
 
     Args:
         metric: The metric.
@@ -78,6 +79,7 @@ class Drift(Switching):
         self.direction: Direction = direction
         self.listens = CONTEXT | {metric}
         self._values: deque[float] = deque(maxlen=window)
+        self._off: deque[float] = deque(maxlen=window)
 
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad if far off; None for other metrics, layers, NaN, and until enough readings have been seen."""
@@ -91,7 +93,10 @@ class Drift(Switching):
         off = reading.value - centre
         wanted = {"up": off > 0, "down": off < 0, "both": True}[self.direction]
         bad = wanted and abs(off) > self.deviations * max(spread, self.floor * abs(centre))
-        if not bad:
+        if bad:
+            self._suspect(reading.value)
+        else:
+            self._off.clear()
             self._remember(reading.value)
         return Judgement(
             bad, f"{self.metric} is {reading.value:.4g}, {'far from' if bad else 'near'} its median {centre:.4g}."
@@ -101,12 +106,22 @@ class Drift(Switching):
         if math.isfinite(value):
             self._values.append(value)
 
+    def _suspect(self, value: float) -> None:
+        """Set a value aside; where there is nothing else any more, it is the new level."""
+        if math.isfinite(value):
+            self._off.append(value)
+        if len(self._off) == self._off.maxlen:
+            self._values = deque(self._off, maxlen=self._off.maxlen)
+            self._off.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""
-        return {**super().state_dict(), "values": list(self._values)}
+        return {**super().state_dict(), "values": list(self._values), "off": list(self._off)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was saved."""
         super().load_state_dict(state)
         self._values.clear()
         self._values.extend(state["values"])
+        self._off.clear()
+        self._off.extend(state["off"])

@@ -303,3 +303,14 @@ def test_drift_knows_what_is_usual_after_a_restart():
     again = Drift("m", least=3, remedy=lambda reading, known: f"{known['usual']:g}")
     again.load_state_dict(rule.state_dict())
     assert again(Reading("m", 100.0)).remedy == "1"
+
+
+def test_a_lasting_change_becomes_the_new_level():
+    rule = Drift("m", window=10, least=5)
+    assert states(rule, of("m", [1.0] * 10 + [100.0] * 10)) == ["firing"]
+    again = Drift("m", window=10, least=5)
+    again.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert states(again, of("m", [100.0])) == ["resolved"]
+    # Interrupted by a usual reading, it is none.
+    rule = Drift("m", window=10, least=5)
+    assert states(rule, of("m", [1.0] * 10 + [100.0] * 9 + [1.0] + [100.0] * 9)) == ["firing", "resolved", "firing"]

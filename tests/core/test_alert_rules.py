@@ -123,8 +123,8 @@ def test_drift_waits_for_enough_readings():
 
 
 def test_drift_does_not_learn_what_is_off():
-    found = states(Drift("m", 3.0), [*STEADY, *[5.0] * 60, 1.0])
-    assert found == [None] * 10 + [FIRING] + [None] * 59 + [RESOLVED]
+    found = states(Drift("m", 3.0), [*STEADY, *[5.0] * 49, 1.0])
+    assert found == [None] * 10 + [FIRING] + [None] * 48 + [RESOLVED]
 
 
 def test_drift_follows_slow_change():
