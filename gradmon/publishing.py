@@ -139,7 +139,11 @@ class Publisher:
             self._readings[reading.name if whole else f"{reading.name}/{reading.layer}"] = reading
             rules = self._listening.get((reading.name, whole))
             for rule in self._listeners(reading.name, whole) if rules is None else rules:
-                alert = self._failures.guard(f"alert {rule.name}", lambda a=rule, r=reading: a(r), None)
+                try:
+                    alert = rule(reading)
+                except Exception as error:
+                    self._failures.note(f"alert {rule.name}", error)
+                    continue
                 if alert is not None:
                     changes.append(alert)
         self._to_sinks(lambda sink: sink.write(readings))

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Alert, Reading, Severity, State
@@ -35,17 +34,16 @@ class Rule(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """What a rule thinks of one reading.
 
     Attributes:
         bad: Whether it speaks for firing.
-        message: What was seen, in words.
+        message: Says what was seen, in words; asked for only where the state changes.
     """
 
     bad: bool
-    message: str
+    message: Callable[[], str]
 
 
 class Switching(ABC):
@@ -87,24 +85,30 @@ class Switching(ABC):
         self._against: dict[str | None, int] = {}
         self._known: dict[str, float] = {}
 
+    def wanted(self, metric: str) -> frozenset[str]:
+        """The readings that a rule on one metric looks at: its own, and what its remedy wants to know."""
+        return CONTEXT | {metric} if callable(self.remedy) else frozenset({metric})
+
     @abstractmethod
     def judge(self, reading: Reading) -> Judgement | None:
         """What to think of a reading; None if it says nothing."""
 
     def __call__(self, reading: Reading) -> Alert | None:
         """An alert if this reading makes the rule fire or resolve; None otherwise."""
-        if reading.name in CONTEXT and reading.layer is None and math.isfinite(reading.value):
+        layer = reading.layer
+        if layer is None and reading.name in CONTEXT and math.isfinite(reading.value):
             self._known[reading.name] = reading.value
         found = self.judge(reading)
         if found is None:
             return None
-        layer, firing = reading.layer, self._firing.setdefault(reading.layer, False)
-        self._against[layer] = self._against.get(layer, 0) + 1 if found.bad != firing else 0
-        if self._against[layer] < (self.clear_after if firing else self.after):
+        firing = self._firing.get(layer, False)
+        against = self._against.get(layer, 0) + 1 if found.bad != firing else 0
+        if against < (self.clear_after if firing else self.after):
+            self._firing[layer], self._against[layer] = firing, against
             return None
         self._firing[layer], self._against[layer] = not firing, 0
         state: State = "resolved" if firing else "firing"
-        message, blame = found.message, () if firing else reading.blame
+        message, blame = found.message(), () if firing else reading.blame
         if blame:
             message += f" Mostly in {', '.join(f'`{name}`' for name in blame)}."
         remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(reading, dict(self._known))

@@ -10,7 +10,7 @@ from typing import Any
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Reading, Severity
-from gradmon.alerts._rule import CONTEXT, Judgement, Remedy, Switching, check_count, check_metric, speaks_of
+from gradmon.alerts._rule import Judgement, Remedy, Switching, check_count, check_metric, speaks_of
 
 
 class DeadLayer(Switching):
@@ -55,8 +55,8 @@ class DeadLayer(Switching):
         if self._whole == 0:
             return None
         if reading.value == 0:
-            return Judgement(True, f"No gradient arrives at `{reading.layer}`.")
-        return Judgement(False, f"The gradient of `{reading.layer}` has the norm {reading.value:.4g}.")
+            return Judgement(True, lambda: f"No gradient arrives at `{reading.layer}`.")
+        return Judgement(False, lambda: f"The gradient of `{reading.layer}` has the norm {reading.value:.4g}.")
 
 
 class Stalled(Switching):
@@ -97,7 +97,7 @@ class Stalled(Switching):
         check_count("window", window, 4)
         super().__init__(f"{metric}_stalled" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.fall = metric, fall
-        self.listens = CONTEXT | {metric}
+        self.listens = self.wanted(metric)
         self._values: deque[float] = deque(maxlen=window)
 
     def judge(self, reading: Reading) -> Judgement | None:
@@ -113,7 +113,7 @@ class Stalled(Switching):
         bad = newer > older - self.fall * abs(older)
         verb = "has not fallen" if bad else "falls"
         return Judgement(
-            bad, f"The {self.metric} {verb}: {older:.4g} before, {newer:.4g} in the last {count // 2} looks."
+            bad, lambda: f"The {self.metric} {verb}: {older:.4g} before, {newer:.4g} in the last {count // 2} looks."
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -170,7 +170,9 @@ class Rising(Switching):
             return None
         now, before = sum(self._now.values()), self._before
         self._before = now
-        return Judgement(now > before, f"{self.what}: {now:.0f} so far, {max(0.0, now - before):.0f} of them new.")
+        return Judgement(
+            now > before, lambda: f"{self.what}: {now:.0f} so far, {max(0.0, now - before):.0f} of them new."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""

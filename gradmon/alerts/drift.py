@@ -11,7 +11,6 @@ from typing import Any, Literal
 from gradmon._errors import ArgumentError
 from gradmon._reading import Reading, Severity
 from gradmon.alerts._rule import (
-    CONTEXT,
     Judgement,
     Remedy,
     Switching,
@@ -77,7 +76,7 @@ class Drift(Switching):
         super().__init__(f"{metric}_drift" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.deviations, self.least, self.floor = metric, deviations, least, floor
         self.direction: Direction = direction
-        self.listens = CONTEXT | {metric}
+        self.listens = self.wanted(metric)
         self._values: deque[float] = deque(maxlen=window)
         self._off: deque[float] = deque(maxlen=window)
 
@@ -99,7 +98,8 @@ class Drift(Switching):
             self._off.clear()
             self._remember(reading.value)
         return Judgement(
-            bad, f"{self.metric} is {reading.value:.4g}, {'far from' if bad else 'near'} its median {centre:.4g}."
+            bad,
+            lambda: f"{self.metric} is {reading.value:.4g}, {'far from' if bad else 'near'} its median {centre:.4g}.",
         )
 
     def _remember(self, value: float) -> None:

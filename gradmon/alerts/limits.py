@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 from gradmon._errors import ArgumentError
-from gradmon._reading import Reading, Severity
-from gradmon.alerts._rule import CONTEXT, Judgement, Remedy, Switching, check_limit, check_metric, speaks_of
+from gradmon._reading import Alert, Reading, Severity
+from gradmon.alerts._rule import Judgement, Remedy, Switching, check_limit, check_metric, speaks_of
+
+_LENGTHS = ("loss", "grad_norm")
 
 
 class Above(Switching):
@@ -45,14 +47,16 @@ class Above(Switching):
         check_limit("limit", limit)
         super().__init__(f"{metric}_high" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.limit = metric, limit
-        self.listens = CONTEXT | {metric}
+        self.listens = self.wanted(metric)
 
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad if above; None for other metrics, layers and NaN."""
         if not speaks_of(reading, self.metric):
             return None
         bad = reading.value > self.limit
-        return Judgement(bad, f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}above {self.limit:.4g}.")
+        return Judgement(
+            bad, lambda: f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}above {self.limit:.4g}."
+        )
 
 
 class Below(Switching):
@@ -86,14 +90,16 @@ class Below(Switching):
         check_limit("limit", limit)
         super().__init__(f"{metric}_low" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.limit = metric, limit
-        self.listens = CONTEXT | {metric}
+        self.listens = self.wanted(metric)
 
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad if below; None for other metrics, layers and NaN."""
         if not speaks_of(reading, self.metric):
             return None
         bad = reading.value < self.limit
-        return Judgement(bad, f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}below {self.limit:.4g}.")
+        return Judgement(
+            bad, lambda: f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}below {self.limit:.4g}."
+        )
 
 
 class Outside(Switching):
@@ -132,16 +138,18 @@ class Outside(Switching):
             raise ArgumentError("high", f"be above `low`, {low}", high)
         super().__init__(f"{metric}_out_of_range" if name is None else name, severity, remedy, after, clear_after)
         self.metric, self.low, self.high = metric, low, high
-        self.listens = CONTEXT | {metric}
+        self.listens = self.wanted(metric)
 
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad if outside; None for other metrics, layers and NaN."""
         if not speaks_of(reading, self.metric):
             return None
         if self.low <= reading.value <= self.high:
-            return Judgement(False, f"{self.metric} is {reading.value:.4g}, within {self.low:.4g} and {self.high:.4g}.")
+            return Judgement(
+                False, lambda: f"{self.metric} is {reading.value:.4g}, within {self.low:.4g} and {self.high:.4g}."
+            )
         side = f"below {self.low:.4g}" if reading.value < self.low else f"above {self.high:.4g}"
-        return Judgement(True, f"{self.metric} is {reading.value:.4g}, {side}.")
+        return Judgement(True, lambda: f"{self.metric} is {reading.value:.4g}, {side}.")
 
 
 class NonFinite(Switching):
@@ -166,11 +174,17 @@ class NonFinite(Switching):
     ) -> None:
         super().__init__(name, severity, remedy, 1, 1)
 
+    def __call__(self, reading: Reading) -> Alert | None:
+        """An alert if this reading makes the rule fire or resolve; None otherwise."""
+        if reading.reason is None and reading.name not in _LENGTHS:  # nearly all: every reading comes by here
+            return None
+        return super().__call__(reading)
+
     def judge(self, reading: Reading) -> Judgement | None:
         """Bad for any reading that is missing for this reason, or an infinite loss; a finite loss or norm is good."""
         if reading.reason == "non-finite gradient":
-            return Judgement(True, "The loss or the gradient is not finite.")
-        if reading.name not in ("loss", "grad_norm") or reading.layer is not None or math.isnan(reading.value):
+            return Judgement(True, lambda: "The loss or the gradient is not finite.")
+        if reading.name not in _LENGTHS or reading.layer is not None or math.isnan(reading.value):
             return None
         bad = math.isinf(reading.value)
-        return Judgement(bad, f"The {reading.name} is {reading.value:.4g}.")
+        return Judgement(bad, lambda: f"The {reading.name} is {reading.value:.4g}.")

@@ -168,9 +168,13 @@ class StepWatch:
         if closure is None or taken is None or keep == "weights":
             return None
 
+        calls = 0
+
         def watched() -> Any:
             """The closure; its first call makes the gradient at the weights before the step."""
-            self._inside = None if taken.gradients else taken
+            nonlocal calls
+            calls += 1
+            self._inside = taken if calls == 1 else None
             try:
                 value = closure()
             finally:
@@ -196,7 +200,9 @@ class StepWatch:
         values = [] if keep == "gradients" else [parameter.detach().clone() for parameter in parameters]
         scaled = getattr(optimizer, "grad_scale", None) is not None
         early, self._early = self._early, []
-        gradients = [] if keep == "weights" or later else early or self._read(optimizer)
+        if keep == "weights":
+            return Taken(values, [], plain and not scaled)
+        gradients = early or ([] if later else self._read(optimizer))
         return Taken(values, gradients, plain and not scaled)
 
     def _read(self, optimizer: Optimizer) -> list[Tensor | None]:

@@ -1,20 +1,17 @@
 import math
-import socket
-import threading
 import time
 import urllib.error
-import urllib.request
 from types import SimpleNamespace
 
 import prometheus_client
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from gradmon._errors import ArgumentError, GradmonError
 from gradmon._reading import Alert, Reading
 from gradmon.sinks import RunAware, Sink, make_sink
 from gradmon_integrations.sinks import _catalogue
 from gradmon_integrations.sinks.prometheus import PrometheusSink
+from tests.integrations.scraping import samples, scrape, stop_at_once, value
 
 FIRING = Alert("ill_conditioned", "warning", "firing", 12.5, 10, "fc", "12.5 is above 10.", "Lower the learning rate.")
 
@@ -25,29 +22,16 @@ def metrics(monkeypatch):
     monkeypatch.setattr(_catalogue, "_metric", known.get)
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    stop_at_once(monkeypatch)
+
+
 @pytest.fixture
 def sink():
-    sink = PrometheusSink()
+    sink = PrometheusSink(linger=0)
     yield sink
     sink.close()
-
-
-def scrape(url):
-    with urllib.request.urlopen(url, timeout=10) as response:
-        text = response.read().decode()
-    return {family.name: family for family in text_string_to_metric_families(text)}
-
-
-def samples(url):
-    return {
-        (sample.name, *sorted(sample.labels.items())): sample.value
-        for family in scrape(url).values()
-        for sample in family.samples
-    }
-
-
-def value(sink, name, run="default", rank="0", **labels):
-    return samples(sink.url)[(name, *sorted({"run": run, "rank": rank, **labels}.items()))]
 
 
 def test_readings_are_gauges(sink):
@@ -67,7 +51,9 @@ def test_readings_are_gauges(sink):
     families = scrape(sink.url)
     assert families["gradmon_weight_condition"].type == "gauge"
     assert families["gradmon_weight_condition"].documentation == "How much h changes.\nRelative."
-    assert families["gradmon_layer_weight_condition"].documentation == "How much h changes.\nRelative. (one layer)"
+    assert families["gradmon_layer_weight_condition"].documentation == (
+        'How much h changes.\nRelative. (one layer\'s part; layer="other": the sum over the rest)'
+    )
     assert families["gradmon_loss"].documentation == "loss"
 
 
@@ -101,7 +87,11 @@ def test_alerts_are_counted(sink):
     [
         ("my.grad-norm/total", "gradmon_my_grad_norm_total"),
         ("größe", "gradmon_gr__e"),
+        ("a:b", "gradmon_a_b"),
         ("alerts", "gradmon_alerts_"),
+        ("alerts_total", "gradmon_alerts_total_"),
+        ("probe_duration_seconds_sum", "gradmon_probe_duration_seconds_sum_"),
+        ("run_info", "gradmon_run_info_"),
         ("last_step", "gradmon_last_step_"),
     ],
 )
@@ -125,9 +115,98 @@ def test_global_registry_is_left_alone(sink):
     assert not [name for name, *_ in samples(sink.url) if not name.startswith("gradmon_")]
 
 
-def test_children_are_cached(sink):
+def test_readings_own_counters_and_probe_duration(sink):
+    sink.bind("a", 0)
+    fresh = samples(sink.url)
+    assert fresh["gradmon_readings_total", ("rank", "0"), ("run", "a")] == 0
+    sink.write(
+        [
+            Reading("monitor_failures", 2.0, 10),
+            Reading("sink_errors", 3.0, 10),
+            Reading("sink_dropped", 4.0, 10),
+            Reading("probe_seconds", 0.02, 10),
+            Reading("monitor_overhead", 0.03, 10),
+        ]
+    )
+    sink.write([Reading("monitor_failures", 5.0, 20), Reading("probe_seconds", 0.5, 20)])
+    sink.write([Reading("monitor_failures", math.nan, 30), Reading("probe_seconds", math.nan, 30)])
+    assert value(sink, "gradmon_readings_total", "a") == 9
+    assert value(sink, "gradmon_monitor_failures_total", "a") == 5
+    assert value(sink, "gradmon_sink_errors_total", "a") == 3
+    assert value(sink, "gradmon_sink_dropped_total", "a") == 4
+    assert value(sink, "gradmon_monitor_overhead", "a") == 0.03
+    assert value(sink, "gradmon_probe_duration_seconds_count", "a") == 2
+    assert value(sink, "gradmon_probe_duration_seconds_sum", "a") == pytest.approx(0.52, rel=1e-12)
+    buckets = {
+        float(dict(labels)["le"]): seen
+        for (name, *labels), seen in samples(sink.url).items()
+        if name == "gradmon_probe_duration_seconds_bucket"
+    }
+    assert (buckets[0.01], buckets[0.03], buckets[0.3], buckets[1.0], buckets[math.inf]) == (0, 1, 1, 2, 2)
+    names = {name for name, *_ in samples(sink.url)}
+    assert not names & {"gradmon_probe_seconds", "gradmon_monitor_failures", "gradmon_sink_errors"}
+
+
+@pytest.mark.parametrize("seconds", [-1.0, math.inf, math.nan])
+def test_durations_that_cannot_be_are_left_out(sink, seconds):
+    sink.write([Reading("probe_seconds", seconds, 1), Reading("probe_seconds", 0.003, 2)])
+    assert value(sink, "gradmon_probe_duration_seconds_sum") == 0.003
+    assert value(sink, "gradmon_probe_duration_seconds_bucket", le="0.003") == 1
+
+
+def test_a_value_that_is_no_number_does_not_break_the_scrape(sink):
+    with pytest.raises((TypeError, ValueError)):
+        sink.write([Reading("g", "high", 1)])
+    sink.write([Reading("g", 2, 1)])
+    assert value(sink, "gradmon_g") == 2.0
+
+
+def test_text_that_utf8_cannot_say(sink):
+    sink.bind("run-\udcff", 0)
+    sink.describe({"path": "\udcff"})
+    sink.write([Reading("g", 1.0, 1, layer="\udc80")])
+    assert value(sink, "gradmon_layer_g", "run-?", layer="?") == 1.0
+
+
+# The run
+
+
+def test_a_run_starts_and_ends(sink):
+    before = time.time()
+    sink.bind("a", 0)
+    assert before <= value(sink, "gradmon_run_start_timestamp_seconds", "a") <= time.time()
+    assert value(sink, "gradmon_run_finished", "a") == 0
+    sink.finish(True)
+    assert value(sink, "gradmon_run_finished", "a") == 1
+
+
+def test_a_run_that_failed_is_not_finished(sink):
+    sink.bind("a", 0)
+    sink.finish(False)
+    assert value(sink, "gradmon_run_finished", "a") == 0
+
+
+def test_a_resumed_run_goes_on_counting(sink):
+    sink.bind("a", 0)
     sink.write([Reading("g", 1.0, 1)])
-    assert sink._child("g", None) is sink._child("g", None)
+    sink.alert(FIRING)
+    sink.finish(True)
+    sink.bind("a", 0)
+    assert value(sink, "gradmon_run_finished", "a") == 0
+    assert value(sink, "gradmon_alerts_firing", "a") == 1
+    sink.write([Reading("g", 2.0, 2)])
+    sink.alert(FIRING._replace(state="resolved"))
+    assert value(sink, "gradmon_g", "a") == 2.0
+    assert value(sink, "gradmon_readings_total", "a") == 2
+    assert value(sink, "gradmon_alerts_total", "a") == 1
+    assert value(sink, "gradmon_alerts_firing", "a") == 0
+
+
+def test_alerts_of_one_run_do_not_fire_in_the_next(sink):
+    sink.bind("a", 0)
+    sink.alert(FIRING)
+    sink.bind("b", 0)
+    assert (value(sink, "gradmon_alerts_firing", "a"), value(sink, "gradmon_alerts_firing", "b")) == (1, 0)
 
 
 # Labels
@@ -160,7 +239,7 @@ def test_bound_again_writes_under_the_new_labels(sink):
 
 
 def test_siblings_share_server_and_gauges():
-    first = PrometheusSink(run="a")
+    first = PrometheusSink(run="a", linger=0)
     second = first.sibling("b", rank=1)
     assert second.url == first.url
     assert isinstance(second, Sink)
@@ -179,75 +258,6 @@ def test_siblings_share_server_and_gauges():
     second.close()
     with pytest.raises(urllib.error.URLError):
         scrape(second.url)
-
-
-# Server
-
-
-def test_close_frees_the_port_and_ends_the_thread():
-    sink = PrometheusSink()
-    port = sink.port
-    scrape(sink.url)
-    sink.close()
-    sink.close()
-    assert not sink._exporter._thread.is_alive()
-    again = PrometheusSink(port)
-    assert again.port == port
-    again.close()
-
-
-def test_url_tells_the_real_port(sink):
-    assert sink.port > 0
-    assert sink.url == f"http://127.0.0.1:{sink.port}/metrics"
-
-
-def test_listens_on_loopback_only_unless_told(sink):
-    assert sink._exporter._server.server_address[0] == "127.0.0.1"
-    everywhere = PrometheusSink(address="0.0.0.0")
-    assert everywhere._exporter._server.server_address[0] == "0.0.0.0"
-    assert everywhere.url == f"http://127.0.0.1:{everywhere.port}/metrics"
-    everywhere.close()
-
-
-def test_ipv6():
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("this machine has no IPv6")
-    sink = PrometheusSink(address="::1", run="x")
-    sink.write([Reading("g", 1.0, 1)])
-    assert sink.url == f"http://[::1]:{sink.port}/metrics"
-    assert value(sink, "gradmon_g", "x") == 1.0
-    sink.close()
-
-
-def test_scraped_and_written_from_many_threads():
-    first = PrometheusSink(run="0")
-    sinks = [first, *(first.sibling(str(i)) for i in range(1, 4))]
-    errors = []
-
-    def work(sink):
-        try:
-            for step in range(50):
-                sink.write([Reading(f"m{step}", float(step), step), Reading("g", 1.0, step, layer=str(step))])
-                sink.alert(FIRING)
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(sink,)) for sink in sinks]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        scrape(first.url)
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    seen = samples(first.url)
-    for i in range(4):
-        assert seen["gradmon_m49", ("rank", "0"), ("run", str(i))] == 49
-        assert seen["gradmon_layer_g", ("layer", "49"), ("rank", "0"), ("run", str(i))] == 1
-    for sink in sinks:
-        sink.close()
 
 
 # Strings and errors
@@ -275,12 +285,14 @@ def test_port_out_of_range(port):
 
 
 def test_port_taken(sink):
-    with pytest.raises(ArgumentError, match=rf"`port` must be free on 127\.0\.0\.1; .* `sibling`\. Got {sink.port}\."):
+    with pytest.raises(
+        ArgumentError, match=rf"`port` must be free on 127\.0\.0\.1; .* `sibling`.*\. Got {sink.port}\."
+    ):
         PrometheusSink(sink.port)
 
 
 def test_port_not_allowed(monkeypatch):
-    def refuse(*_):
+    def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("gradmon_integrations.sinks._exporter.start_http_server", refuse)
@@ -310,8 +322,15 @@ def test_labels_not_accepted(sink):
 
 @pytest.mark.parametrize(
     "use",
-    [lambda s: s.write([Reading("g", 1.0, 1)]), lambda s: s.alert(FIRING), lambda s: s.sibling("x")],
-    ids=["write", "alert", "sibling"],
+    [
+        lambda s: s.bind("x", 0),
+        lambda s: s.describe({}),
+        lambda s: s.write([Reading("g", 1.0, 1)]),
+        lambda s: s.alert(FIRING),
+        lambda s: s.finish(True),
+        lambda s: s.sibling("x"),
+    ],
+    ids=["bind", "describe", "write", "alert", "finish", "sibling"],
 )
 def test_closed(use):
     sink = PrometheusSink()

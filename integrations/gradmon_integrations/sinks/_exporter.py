@@ -1,101 +1,104 @@
-"""The part of the Prometheus sink that several runs of one process share: a registry and the server that shows it."""
+"""What several runs of one process share to be seen by Prometheus: the families, and the server that shows them."""
 
 from __future__ import annotations
 
 import errno
-import re
-import threading
+import logging
+import ssl
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import make_wsgi_app, start_http_server
 
 from gradmon._errors import ArgumentError
+from gradmon_integrations.sinks._prometheus_registry import Registry
+from gradmon_integrations.sinks._prometheus_scrapes import Scrapes
+from gradmon_integrations.sinks._prometheus_tls import Tls
 
-RUN = ("run", "rank")
-_PREFIX = "gradmon_"
+_LOG = logging.getLogger("gradmon")
 
 
 class Exporter:
-    """A registry of its own, its families of series, and an HTTP server that stops when the last user lets go.
+    """A registry of its own, and an HTTP server that stops when the last user lets go.
+
+    Args:
+        port: The port; 0 takes a free one.
+        address: Where to listen.
+        tls: How to be known, and to know clients.
+        linger: How many seconds to wait at most, in the end, for what has not been scraped yet.
 
     Attributes:
-        lock: Held by the sinks while they touch what they share.
+        registry: The families.
+        scrapes: Who has seen what.
         port: The port that the server listens on.
-        alerts_firing: How many alerts are active.
-        alerts_total: How often an alert began to fire.
-        last_probe: When readings came last.
-        last_step: The step of the last readings.
+        url: Where to scrape, as seen from this machine.
+
+    Raises:
+        ArgumentError: `port` is taken or not allowed, or `address` is not this machine's.
     """
 
-    def __init__(self, port: int, address: str) -> None:
-        """Start to serve.
-
-        Raises:
-            ArgumentError: `port` is taken or not allowed, or `address` is not this machine's.
-        """
-        self.lock = threading.RLock()
-        self._registry = CollectorRegistry()
-        self._families: dict[tuple[str, bool], Gauge] = {}
-        # "alerts" and "alerts_created" are what the counter registers beside its own name.
-        self._taken = {_PREFIX + "alerts", _PREFIX + "alerts_created"}
-        self.alerts_firing = self._gauge("alerts_firing", "Alerts that are firing now.", RUN)
-        self.last_probe = self._gauge("last_probe_timestamp_seconds", "When gradmon last measured, as Unix time.", RUN)
-        self.last_step = self._gauge("last_step", "The optimizer step that gradmon last measured.", RUN)
-        self.alerts_total = Counter(
-            self._claim("alerts_total"),
-            "How often an alert began to fire.",
-            RUN,
-            registry=self._registry,
-        )
+    def __init__(self, port: int, address: str, tls: Tls, linger: float) -> None:
+        self.registry = Registry()
+        self._linger = linger
         self._users = 0
         try:
-            self._server, self._thread = start_http_server(port, address, self._registry)
+            self._server, self._thread = start_http_server(port, address, self.registry.collectors, **tls._asdict())
         except OSError as error:
             raise ArgumentError(*_explained(error, port, address)) from error
+        self._app = make_wsgi_app(self.registry.collectors)
+        self.scrapes = Scrapes(self._answer)
+        self._server.set_app(self.scrapes)
+        if isinstance(self._server.socket, ssl.SSLSocket):
+            # The handshake is left to the thread of each request: a client that says nothing would hold up the one that
+            # takes them all, and with it the end of the training.
+            self._server.socket.do_handshake_on_connect = False  # pyright: ignore[reportAttributeAccessIssue]
+        self._server.handle_error = _noted
         self.port = int(self._server.server_port)
-
-    def family(self, name: str, meaning: str, *, layered: bool) -> Gauge:
-        """The gauge of a metric, made when it is first asked for."""
-        with self.lock:
-            key = (name, layered)
-            if key not in self._families:
-                if layered:
-                    family = self._gauge(f"layer_{name}", f"{meaning or name} (one layer)", (*RUN, "layer"))
-                else:
-                    family = self._gauge(name, meaning or name, RUN)
-                self._families[key] = family
-            return self._families[key]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+        scheme = "http" if tls.certfile is None else "https"
+        self.url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/metrics"
 
     def acquire(self) -> None:
         """Count one more user."""
-        with self.lock:
+        with self.registry.lock:
             self._users += 1
 
     def release(self) -> None:
-        """Count one user less; without users, stop the server and free its port."""
-        with self.lock:
+        """Count one user less; without users, wait for the last scrape, stop the server and free its port."""
+        with self.registry.lock:
             self._users -= 1
             if self._users:
                 return
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        try:
+            self._wait()
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
 
-    def _gauge(self, name: str, text: str, labels: tuple[str, ...]) -> Gauge:
-        return Gauge(self._claim(name), text, labels, registry=self._registry)
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        # The client library collects one family after the other; meanwhile no writer may come in between.
+        with self.registry.lock:
+            return self._app(environ, start_response)
 
-    def _claim(self, name: str) -> str:
-        """A name that Prometheus accepts and that nothing in this registry has yet."""
-        full = _PREFIX + re.sub(r"[^a-zA-Z0-9_:]", "_", name)
-        while full in self._taken:
-            full += "_"
-        self._taken.add(full)
-        return full
+    def _wait(self) -> None:
+        if self._linger and self.scrapes.expected():
+            _LOG.info("Waiting up to %g s for the last scrape of %s.", self._linger, self.url)
+            if not self.scrapes.wait(self._linger):
+                _LOG.info("The last readings at %s have not been scraped.", self.url)
+
+
+def _noted(request: Any, client_address: Any) -> None:
+    """Log what a client did wrong, such as to speak HTTP where TLS is spoken; the standard server writes to stderr."""
+    _LOG.debug("A request from %s failed.", client_address, exc_info=sys.exc_info())
 
 
 def _explained(error: OSError, port: int, address: str) -> tuple[str, str, object]:
     """Which argument is to blame, what it must be, and what it was."""
     if error.errno == errno.EADDRINUSE:
-        return "port", f"be free on {address}; runs of one process share a port through `sibling`", port
+        must = f"be free on {address}; runs of one process share one through `sibling`, each rank needs its own"
+        return "port", must, port
     if error.errno == errno.EACCES:
         return "port", "be one that this user may listen on", port
     return "address", f"be an address of this machine ({error.strerror})", repr(address)

@@ -1,35 +1,55 @@
-"""Readings as Prometheus gauges, served over HTTP."""
+"""Readings for Prometheus, served over HTTP."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-
-from prometheus_client import Gauge
+from collections.abc import Mapping, Sequence
 
 from gradmon._errors import ArgumentError, GradmonError
 from gradmon._reading import Alert, Reading
-from gradmon_integrations.sinks._catalogue import metric_meaning
 from gradmon_integrations.sinks._exporter import Exporter
-
-_UNNAMED = "default"
+from gradmon_integrations.sinks._prometheus_run import Run, check
+from gradmon_integrations.sinks._prometheus_tls import Path, Tls
 
 
 class PrometheusSink:
     """Serves the newest readings for Prometheus to scrape.
 
-    Gauges, each with the labels ``run`` and ``rank``:
+    Every series has the labels ``run`` and ``rank``. Gauges:
 
     - ``gradmon_<name>``: the reading of the whole model, NaN and the infinities included;
-    - ``gradmon_layer_<name>``: the readings of single layers, with the further label ``layer``;
-    - ``gradmon_alerts_firing``, ``gradmon_last_probe_timestamp_seconds``, ``gradmon_last_step``.
+    - ``gradmon_layer_<name>``: the readings of single layers, with the further label ``layer``. The first `layers` of
+      them have a series of their own, the rest is one, ``layer="other"``: for norms the root of the sum of their
+      squares, for the layers' parts of the whole their sum, for ``update_ratio`` the largest, for anything else NaN;
+    - ``gradmon_alert_<rule>``: for how many layers, the whole model counting as one, a rule fires now;
+      ``gradmon_alerts_firing``: the same over all rules;
+    - ``gradmon_last_probe_timestamp_seconds``, ``gradmon_last_step``;
+    - ``gradmon_run_info``: 1, with what describes the run as labels; ``gradmon_run_start_timestamp_seconds``, and
+      ``gradmon_run_finished``: 0, and 1 once the training has come to its end.
 
-    ``gradmon_alert_<rule>`` is the number of layers (or the model as a whole) for which a rule fires now. The counter
-    ``gradmon_alerts_total`` also shows alerts that came and went between two scrapes. The registry is the sink's own:
-    what the program exports besides is not touched. All methods may be called from any thread.
+    Counters: ``gradmon_readings_total``, ``gradmon_alerts_total``, which also shows alerts that came and went between
+    two scrapes, ``gradmon_dropped_series_total``, ``gradmon_monitor_failures_total``, ``gradmon_sink_errors_total``,
+    ``gradmon_sink_dropped_total``. A histogram: ``gradmon_probe_duration_seconds``. In the OpenMetrics format it and
+    ``gradmon_readings_total`` have exemplars with the step.
+
+    A scrape shows what was written together whole or not at all. The registry is the sink's own: what the program
+    exports besides is not touched. All methods may be called from any thread.
     """
 
-    def __init__(self, port: int = 0, *, address: str = "127.0.0.1", run: str | None = None, rank: int = 0) -> None:
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        address: str = "127.0.0.1",
+        run: str | None = None,
+        rank: int = 0,
+        layers: int = 64,
+        linger: float = 20.0,
+        certfile: Path | None = None,
+        keyfile: Path | None = None,
+        client_cafile: Path | None = None,
+        client_capath: Path | None = None,
+        client_auth_required: bool = False,
+    ) -> None:
         """Start to serve.
 
         Args:
@@ -37,17 +57,29 @@ class PrometheusSink:
             address: Where to listen; the default is reachable from this machine only, ``"0.0.0.0"`` from anywhere.
             run: The label; None means the name of the monitor's run.
             rank: The label; like `run` it is the monitor's unless `run` is given.
+            layers: How many layers of a metric have a series of their own.
+            linger: How many seconds `close` waits at most until Prometheus has seen how a run ended. It does not wait
+                where the run was not said to have ended, nor where nobody has scraped within the last five minutes.
+                The default is longer than the usual interval of 15 seconds.
+            certfile: The server's certificate, in PEM: the sink then speaks TLS.
+            keyfile: Its key, without a password.
+            client_cafile: The certificates of the authorities whose clients are let in.
+            client_capath: A directory of such certificates.
+            client_auth_required: Whether a client must have a certificate.
 
         Raises:
-            ArgumentError: `port` is not in [0, 65535], is taken or not allowed; `address` is not this machine's;
-                `run` is empty, or `rank` negative.
+            ArgumentError: `port` is not in [0, 65535], is taken or not allowed; `address` is not this machine's; a
+                file cannot be used; or another argument is not what it must be.
         """
         if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port <= 65535:
             raise ArgumentError("port", "be a whole number in [0, 65535]", repr(port))
         if not address:
             raise ArgumentError("address", "be a host name or an IP address", repr(address))
-        _check_labels(run, rank)
-        self._join(Exporter(port, address), address, run, rank)
+        if not 0 <= linger < float("inf"):
+            raise ArgumentError("linger", "be a number of seconds that is not negative", linger)
+        check(run, rank, layers)
+        tls = Tls.checked(certfile, keyfile, client_cafile, client_capath, client_auth_required)
+        self._join(Exporter(port, address, tls, linger), run, rank, layers)
 
     @classmethod
     def from_spec(cls, argument: str) -> PrometheusSink:
@@ -69,8 +101,7 @@ class PrometheusSink:
     @property
     def url(self) -> str:
         """Where to scrape, as seen from this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._address, self._address)
-        return f"http://[{host}]:{self.port}/metrics" if ":" in host else f"http://{host}:{self.port}/metrics"
+        return self._exporter.url
 
     def sibling(self, run: str, rank: int = 0) -> PrometheusSink:
         """A sink for another run of this process, on the same port.
@@ -89,36 +120,39 @@ class PrometheusSink:
             ArgumentError: `run` is empty, or `rank` negative.
             GradmonError: This sink is closed.
         """
-        _check_labels(run, rank)
-        with self._exporter.lock:
+        check(run, rank, self._layers)
+        with self._exporter.registry.lock:
             self._check_open()
             sink = PrometheusSink.__new__(PrometheusSink)
-            sink._join(self._exporter, self._address, run, rank)
+            sink._join(self._exporter, run, rank, self._layers)
         return sink
 
     def bind(self, run: str, rank: int) -> None:
-        """Take over the monitor's labels, unless `run` was given."""
-        with self._exporter.lock:
-            if not self._labelled:
-                self._run, self._rank = run, str(rank)
-                self._children.clear()
-
-    def write(self, readings: Sequence[Reading]) -> None:
-        """Set one gauge a reading.
+        """Take over the monitor's labels, unless `run` was given, and begin.
 
         Raises:
             GradmonError: The sink is closed.
         """
-        with self._exporter.lock:
-            self._check_open()
-            for reading in readings:
-                self._child(reading.name, reading.layer).set(reading.value)
-            labels = (self._run, self._rank)
-            self._exporter.last_probe.labels(*labels).set(time.time())
-            self._exporter.alerts_firing.labels(*labels).set(len(self._firing))
-            steps = [reading.step for reading in readings if reading.step is not None]
-            if steps:
-                self._exporter.last_step.labels(*labels).set(max(steps))
+        self._check_open()
+        self._run.bind(run, rank)
+
+    def describe(self, info: Mapping[str, str | int | float | bool]) -> None:
+        """Show what describes the run as labels of ``gradmon_run_info``.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._check_open()
+        self._run.describe(info)
+
+    def write(self, readings: Sequence[Reading]) -> None:
+        """Set one series a reading.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._check_open()
+        self._run.write(readings)
 
     def alert(self, alert: Alert) -> None:
         """Count the alert.
@@ -126,54 +160,34 @@ class PrometheusSink:
         Raises:
             GradmonError: The sink is closed.
         """
-        with self._exporter.lock:
-            self._check_open()
-            key = (alert.rule, alert.layer)
-            if alert.state == "firing":
-                if key not in self._firing:
-                    self._exporter.alerts_total.labels(self._run, self._rank).inc()
-                self._firing.add(key)
-            else:
-                self._firing.discard(key)
-            self._exporter.alerts_firing.labels(self._run, self._rank).set(len(self._firing))
-            # By name and not by label: every series of a run has the same two labels.
-            firing = sum(rule == alert.rule for rule, _ in self._firing)
-            self._child(f"alert_{alert.rule}", None).set(firing)
+        self._check_open()
+        self._run.alert(alert)
+
+    def finish(self, succeeded: bool) -> None:
+        """Show that the run came to its end, if it did, and have `close` wait until that has been scraped.
+
+        Raises:
+            GradmonError: The sink is closed.
+        """
+        self._check_open()
+        self._run.finish(succeeded)
+        self._exporter.scrapes.expect()
 
     def close(self) -> None:
-        """Stop the server, unless a sibling still needs it."""
-        with self._exporter.lock:
+        """Stop the server, unless a sibling still needs it; before that, wait for the last scrape: see `linger`."""
+        with self._exporter.registry.lock:
             if self._closed:
                 return
             self._closed = True
         self._exporter.release()
 
-    def _join(self, exporter: Exporter, address: str, run: str | None, rank: int) -> None:
+    def _join(self, exporter: Exporter, run: str | None, rank: int, layers: int) -> None:
         exporter.acquire()
         self._exporter = exporter
-        self._address = address
-        self._labelled = run is not None
-        self._run = run or _UNNAMED
-        self._rank = str(rank)
-        self._children: dict[tuple[str, str | None], Gauge] = {}
-        self._firing: set[tuple[str, str | None]] = set()
+        self._layers = layers
+        self._run = Run(exporter.registry, run, rank, layers)
         self._closed = False
-
-    def _child(self, name: str, layer: str | None) -> Gauge:
-        child = self._children.get((name, layer))
-        if child is None:
-            family = self._exporter.family(name, metric_meaning(name), layered=layer is not None)
-            labels = (self._run, self._rank) if layer is None else (self._run, self._rank, layer)
-            child = self._children[name, layer] = family.labels(*labels)
-        return child
 
     def _check_open(self) -> None:
         if self._closed:
             raise GradmonError(f"The sink of {self.url} is closed.")
-
-
-def _check_labels(run: str | None, rank: int) -> None:
-    if run is not None and not run:
-        raise ArgumentError("run", "be a name or None", repr(run))
-    if rank < 0:
-        raise ArgumentError("rank", "not be negative", rank)
