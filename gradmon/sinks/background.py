@@ -99,7 +99,7 @@ class _Queue:
     def _begin(self) -> None:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
-        self._working = False
+        self._working: int | None = None
         self._process = os.getpid()
 
     def put(self, weight: int, work: Work) -> None:
@@ -129,7 +129,7 @@ class _Queue:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._working = False
+                self._working = None
                 self._changed.notify_all()
                 while not self._waiting and not self._ended:
                     self._changed.wait()
@@ -138,7 +138,7 @@ class _Queue:
                     return
                 weight, work = self._waiting.popleft()
                 self._weight -= weight
-                self._working = True
+                self._working = weight
             try:
                 work()
             except Exception as error:
@@ -155,7 +155,15 @@ class _Queue:
         if self._process != os.getpid():
             return True
         with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._working, max(0.0, seconds))
+            return self._changed.wait_for(lambda: not self._waiting and self._working is None, max(0.0, seconds))
+
+    def rescue(self, seconds: float) -> None:
+        """Wait until nothing that weighs something is left: a sink that only takes its time to close may be left."""
+        if self._process == os.getpid():
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: not self._working and not any(weight for weight, _ in self._waiting), max(0.0, seconds)
+                )
 
 
 _QUEUES: weakref.WeakSet[_Queue] = weakref.WeakSet()
@@ -165,7 +173,7 @@ def _drain() -> None:
     """Give what still waits a last chance: daemon threads end with the program."""
     deadline = time.monotonic() + _AT_EXIT
     for queue in list(_QUEUES):
-        queue.wait(deadline - time.monotonic())
+        queue.rescue(deadline - time.monotonic())
 
 
 atexit.register(_drain)

@@ -185,8 +185,8 @@ def read_runs(path: str | os.PathLike[str]) -> list[RunLog]:
     """
     found: dict[tuple[str, int], RunLog] = {}
     for head, readings, alerts in _parts(path):
-        key = (head.get("run") or Path(path).stem, int(head.get("rank") or 0))
-        log = found.get(key) or RunLog(*key, float(head.get("time") or 0.0), {}, [], [], None, None)
+        key = (str(head.get("run") or Path(path).stem), int(head.get("rank", 0)))
+        log = found.get(key) or RunLog(*key, float(head.get("time", 0.0)), {}, [], [], None, None)
         info: dict[str, Any] = {**log.info, **head.get("info", {})}
         end: dict[str, Any] = head.get("end", {})
         log = log._replace(info=info, succeeded=end.get("succeeded"), ended=end.get("time"))
@@ -216,6 +216,8 @@ def _parts(path: str | os.PathLike[str]) -> list[_Part]:
         kind = fields.pop("kind", None)
         try:
             newer = kind == "run" and fields["version"] > FORMAT_VERSION
+            if kind == "run":
+                fields["rank"], fields["time"] = int(fields.get("rank") or 0), float(fields.get("time") or 0.0)
             if kind == "run" or (not parts and kind in ("info", "reading", "alert", "end")):
                 parts.append((fields if kind == "run" else {}, [], []))
             if kind == "reading":

@@ -318,3 +318,11 @@ def test_a_resumed_run_that_was_killed_has_no_end(tmp_path):
 def test_hparams_are_checked(hparams):
     with pytest.raises(gradmon.ArgumentError, match=r"`hparams` must map names to numbers, strings or booleans\. Got"):
         watched(hparams=hparams)
+
+
+@pytest.mark.parametrize("line", ['{"kind":"run","version":1,"time":"abc"}', '{"kind":"run","version":1,"rank":"x"}'])
+def test_a_run_line_that_makes_no_sense(line, tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(gradmon.ArgumentError, match=r"`path` must hold lines that a `JsonlSink` wrote\. Got line 1 of"):
+        read_runs(path)
