@@ -169,7 +169,7 @@ class Publisher:
         """Do about an alert what was asked for."""
         act = self._on_alert
         if act in ("log", "stop"):
-            if not any(isinstance(sink, LogSink) for sink in self._sinks):
+            if not any(isinstance(sink, LogSink) or getattr(sink, "logs_alerts", False) for sink in self._sinks):
                 self._log.alert(alert)
             if act == "stop" and alert.state == "firing" and alert.severity == "critical" and not self.should_stop:
                 self.should_stop = True

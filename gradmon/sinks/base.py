@@ -14,7 +14,8 @@ class Sink(Protocol):
 
     A monitor calls it from a thread of the sink's own, so that whatever is slow there costs the training nothing; its
     methods run one after another. A sink that only remembers, or that belongs to the training's thread, says so by a
-    class attribute ``immediate = True``, and is called on the spot.
+    class attribute ``immediate = True``, and is called on the spot. One that shows alerts where the log would show
+    them, too, says ``logs_alerts = True``, and the monitor does not log them.
 
     A sink that holds a file or a port raises `GradmonError` when it is written to after `close`. A sink that is to be
     had by name, as in ``sinks="jsonl:run.jsonl"``, also has a class method ``from_spec(argument: str)``, which gets

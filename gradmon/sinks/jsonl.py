@@ -221,10 +221,10 @@ def _parts(path: str | os.PathLike[str]) -> list[_Part]:
             if kind == "run" or (not parts and kind in ("info", "reading", "alert", "end")):
                 parts.append((fields if kind == "run" else {}, [], []))
             if kind == "reading":
-                parts[-1][1].append(Reading(**_decoded(fields, Reading._fields)))
+                parts[-1][1].append(Reading(**decoded(fields, Reading._fields)))
             elif kind == "alert":
                 optional: dict[str, Any] = {"step": None, "layer": None}
-                parts[-1][2].append(Alert(**(optional | _decoded(fields, Alert._fields))))
+                parts[-1][2].append(Alert(**(optional | decoded(fields, Alert._fields))))
             elif kind == "info":
                 parts[-1][0]["info"] = dict(fields["info"])
             elif kind == "end":
@@ -268,13 +268,19 @@ def _number(value: float) -> float | str | None:
     return str(float(value)) if math.isinf(value) else float(value)
 
 
-def _decoded(fields: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
-    decoded = {key: fields[key] for key in known if key in fields}
-    for key in _FLOATS & decoded.keys():
-        decoded[key] = math.nan if decoded[key] is None else float(decoded[key])
-    if "blame" in decoded:
-        decoded["blame"] = tuple(str(layer) for layer in decoded["blame"])
-    return decoded
+def decoded(fields: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
+    """The known ones of a line's fields, as a `Reading` or an `Alert` holds them.
+
+    Raises:
+        TypeError: A field is of another kind.
+        ValueError: A field is no number where it must be one.
+    """
+    found = {key: fields[key] for key in known if key in fields}
+    for key in _FLOATS & found.keys():
+        found[key] = math.nan if found[key] is None else float(found[key])
+    if "blame" in found:
+        found["blame"] = tuple(str(layer) for layer in found["blame"])
+    return found
 
 
 def _objects(lines: Sequence[str], path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, Any]]]:

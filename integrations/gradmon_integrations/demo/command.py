@@ -79,6 +79,7 @@ def _opened(
     arguments: argparse.Namespace, logdir: Path, metrics: Sequence[str]
 ) -> Iterator[tuple[list[Run], str | None]]:
     """The runs and the address of /metrics; in the end everything is flushed and closed."""
+    from gradmon.alerts import default_rules
     from gradmon.sinks import JsonlSink, Sink
     from gradmon_integrations.sinks.prometheus import PrometheusSink
     from gradmon_integrations.sinks.tensorboard import TensorBoardSink
@@ -108,8 +109,11 @@ def _opened(
                 mask=arguments.mask,
                 schedule=looks(arguments.every, arguments.steps),
                 inputs=Ascent(examples=min(_INPUT_EXAMPLES, arguments.batch_size)),
+                # It looks far more often, and at more, than a training should: that this takes time is no news.
+                alerts=[rule for rule in default_rules() if rule.name != "overhead_high"],
+                on_alert=None,  # the view tells them
             )
-            stack.callback(run.monitor.close)
+            stack.push(run.monitor)
             runs.append(run)
         yield runs, None if server is None else server.url
 

@@ -12,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from gradmon_integrations.demo.runs import Run
-from gradmon_integrations.demo.states import metric_of, number
-from gradmon_integrations.demo.table import metrics_table
 from gradmon_integrations.demo.view import Tone
+from gradmon_integrations.display.alerts import alerts_table
+from gradmon_integrations.display.table import metrics_table
 
 _TONES: dict[Tone, str] = {"title": "bold", "good": "bold green", "note": "bold yellow", "bad": "bold red"}
-_SEVERITIES = {"critical": "bold red", "warning": "red", "info": "yellow"}
 _HEAD = 2
 
 
@@ -81,25 +80,9 @@ class LiveView:
 
     def _draw(self, *, whole: bool) -> None:
         """Draw; `whole`: also what does not fit on the terminal, which then scrolls."""
-        alerts = self._alerts()
+        histories = {run.name: run.history for run in self._runs}
+        alerts = alerts_table(histories)
         below = len(self._console.render_lines(alerts)) + 4
         rows = None if whole else max(1, self._console.height - _HEAD - below - 1)
-        table = metrics_table(self._runs, self._metrics, self._console.options, rows=rows)
+        table = metrics_table(histories, self._metrics, self._console.options, rows=rows)
         self._live.update(Group(table, "", alerts, self._progress), refresh=True)
-
-    def _alerts(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column()
-        for run in self._runs:
-            first = Text(run.name, style="bold")
-            if not run.history.active:
-                table.add_row(first, Text("no alert", style="green"), "")
-            for alert in run.history.active:
-                reading = run.history.newest(metric_of(alert.rule) or "")
-                now = "" if reading is None else f"now {number(reading.value)}. "
-                name = Text(alert.rule, style=_SEVERITIES[alert.severity])
-                table.add_row(first, name, f"Since step {alert.step}, {now}{alert.remedy}")
-                first = Text("")
-        return table

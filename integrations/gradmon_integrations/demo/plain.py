@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from types import TracebackType
 
-from gradmon_integrations.demo.history import History
 from gradmon_integrations.demo.runs import Run
-from gradmon_integrations.demo.states import limits, number
 from gradmon_integrations.demo.view import Tone
+from gradmon_integrations.display.history import History
+from gradmon_integrations.display.states import limits, number
 
 _MOST = 8
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gradmon_integrations.demo.runs import RECIPES, Run
-from gradmon_integrations.demo.verdict import differences, judge
 from gradmon_integrations.demo.view import View
+from gradmon_integrations.display.verdict import differences, judge
 
 
 def announce(view: View, arguments: argparse.Namespace, logdir: Path, url: str | None) -> None:
@@ -24,6 +24,7 @@ def announce(view: View, arguments: argparse.Namespace, logdir: Path, url: str |
     if url is not None:
         view.say(f"  {'Prometheus':<{width}}  {url} (until the demo ends)")
     view.say(f"  {'TensorBoard':<{width}}  {tensorboard_command(logdir)}", "command")
+    view.say(f"  {'in a terminal':<{width}}  {shlex.join(['gradmon', 'watch', str(logdir)])}", "command")
     view.say("")
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from gradmon._types import Batch
 from gradmon.monitor import Monitor
 from gradmon.sinks import Sink
-from gradmon_integrations.demo.history import History
+from gradmon_integrations.display.history import History
 
 
 @dataclass(frozen=True)

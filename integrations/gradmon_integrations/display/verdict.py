@@ -9,9 +9,10 @@ from statistics import median
 from typing import Literal
 
 from gradmon._reading import Alert
+from gradmon.metrics import OWN
 from gradmon.options import known_metrics
-from gradmon_integrations.demo.history import History
-from gradmon_integrations.demo.states import limits, metric_of, number, state_of
+from gradmon_integrations.display.history import History
+from gradmon_integrations.display.states import limits, metric_of, number, state_of
 
 Level = Literal["good", "note", "bad"]
 
@@ -21,6 +22,8 @@ _TITLES: dict[Level, str] = {
     "bad": "is in trouble: its gradient cannot be trusted.",
 }
 _SEVERITIES = ("critical", "warning", "info")
+_OF_THE_MONITOR = frozenset({"overhead_high", "sink_errors"})
+"""Rules that say nothing about the gradient."""
 _FEW = 5
 
 
@@ -29,8 +32,8 @@ class Verdict:
     """What is to be said about a run.
 
     Attributes:
-        level: ``bad`` with a warning or critical alert; ``good`` without any, where numbers keep their limits and the
-            loss falls; ``note`` in between.
+        level: ``bad`` with a warning or critical alert on the gradient; ``good`` without any, where numbers keep their
+            limits and the loss falls; ``note`` in between.
         title: One line.
         reasons: What says so.
         change: What to change; empty where nothing is wrong.
@@ -44,17 +47,23 @@ class Verdict:
 
 def judge(name: str, history: History) -> Verdict | None:
     """The verdict on a run; None where there is no number yet."""
-    if not _lost(history) and not any(map(history.values, known_metrics())):
+    if not _lost(history) and not history.active and not any(map(history.values, known_metrics())):
         return None
     kept = _within(history)
     loss, falls = _loss(history)
-    if any(alert.severity != "info" for alert in history.active) or _lost(history):
+    about_it = list(filter(concerns_gradient, history.active))
+    if any(alert.severity != "info" for alert in about_it) or _lost(history):
         level: Level = "bad"
     else:
-        level = "good" if kept and falls and not history.active else "note"
+        level = "good" if kept and falls and not about_it else "note"
     sure = kept if level != "bad" else []
     reasons = [loss, *_firing(history), *_past(history), *sure, *_sources(history)]
     return Verdict(level, f"{name} {_TITLES[level]}", tuple(reasons), " ".join(_remedies(history.active)))
+
+
+def concerns_gradient(alert: Alert) -> bool:
+    """Whether an alert says something about the gradient, rather than about the monitor."""
+    return alert.rule not in _OF_THE_MONITOR
 
 
 def differences(first: History, second: History, most: int = 5) -> list[str]:
@@ -98,17 +107,20 @@ def _loss(history: History) -> tuple[str, bool]:
 
 def _firing(history: History) -> list[str]:
     lines: list[str] = []
-    for alert in sorted(history.active, key=lambda one: _SEVERITIES.index(one.severity)):
+    rules: dict[str, list[Alert]] = {}
+    for alert in sorted(history.active, key=_rank):
+        rules.setdefault(alert.rule, []).append(alert)
+    for alert, *others in rules.values():
         metric = metric_of(alert.rule)
-        reading = history.newest(metric or "")
-        if metric is None or reading is None:
-            lines.append(f"{alert.rule} (since step {alert.step}): {alert.message}")
-            continue
-        limit = "; ".join(f"alert if {one}" for one in limits(metric) if one.rule == alert.rule)
-        meaning = known_metrics()[metric].meaning
-        lines.append(
-            f"{alert.rule} (since step {alert.step}): {metric} is {number(reading.value)} ({limit}). {meaning}"
-        )
+        reading = history.newest(metric or "") if alert.layer is None else None
+        found = alert.message
+        if metric is not None and reading is not None:
+            limit = "; ".join(f"alert if {one}" for one in limits(metric) if one.rule == alert.rule)
+            now = f"{metric} is {number(reading.value)} ({limit})." if limit else alert.message
+            known = known_metrics().get(metric)
+            found = f"{now} {OWN.get(metric, '') if known is None else known.meaning}".rstrip()
+        more = f" And {len(others)} other{'s' if len(others) > 1 else ''} of this kind." if others else ""
+        lines.append(f"{alert.rule} (since step {alert.step}): {found}{more}")
     return lines
 
 
@@ -147,6 +159,11 @@ def _sources(history: History) -> list[str]:
 
 def _remedies(alerts: Sequence[Alert]) -> list[str]:
     """Each remedy once, the most severe first, without those that another one begins with."""
-    ordered = sorted(alerts, key=lambda one: _SEVERITIES.index(one.severity))
+    ordered = sorted(alerts, key=_rank)
     found = list(dict.fromkeys(alert.remedy for alert in ordered if alert.remedy))
     return [one for one in found if not any(other != one and other.startswith(one.rstrip(".")) for other in found)]
+
+
+def _rank(alert: Alert) -> int:
+    # A file of a newer version may know a severity that is not known here.
+    return _SEVERITIES.index(alert.severity) if alert.severity in _SEVERITIES else len(_SEVERITIES)

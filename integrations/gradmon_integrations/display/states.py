@@ -8,7 +8,7 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 from gradmon._reading import Alert
-from gradmon.alerts import Above, Below, default_rules
+from gradmon.alerts import Above, Below, Outside, Rule, default_rules
 
 State = Literal["firing", "noted", "beyond", "fine", "free", "missing"]
 """An alert is active; one of severity info is; past a limit, no alert yet; within limits; without any; no number."""
@@ -37,12 +37,17 @@ class Limit(NamedTuple):
 
 @cache
 def limits(metric: str) -> tuple[Limit, ...]:
-    """The limits that the default alert rules set to a metric."""
-    return tuple(
-        Limit(rule.name, isinstance(rule, Above), rule.limit)
-        for rule in default_rules()
-        if isinstance(rule, (Above, Below)) and rule.metric == metric
-    )
+    """The limits that the default alert rules set to a metric, upper ones first."""
+    found = [limit for rule in default_rules() if getattr(rule, "metric", None) == metric for limit in _limits_of(rule)]
+    return tuple(sorted(found, key=lambda limit: not limit.above))
+
+
+def _limits_of(rule: Rule) -> list[Limit]:
+    if isinstance(rule, (Above, Below)):
+        return [Limit(rule.name, isinstance(rule, Above), rule.limit)]
+    if isinstance(rule, Outside):
+        return [Limit(rule.name, True, rule.high), Limit(rule.name, False, rule.low)]
+    return []
 
 
 @cache
@@ -74,3 +79,10 @@ def number(value: float) -> str:
         return f"{value:.0f}"
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def written(name: str, value: float) -> str:
+    """A reading's number as it is shown: a share of the time in percent."""
+    if name == "monitor_overhead" and math.isfinite(value):
+        return f"{number(100 * value)} %"
+    return number(value)
