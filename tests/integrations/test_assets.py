@@ -90,7 +90,8 @@ def test_the_runbook_of_ones_own(tmp_path):
     checked("promtool", "test", "rules", "alert_rules_test.yml", where=tmp_path / "prometheus")
 
 
-@pytest.mark.parametrize("seconds", [1, 60, 90, 180, 420, 600, 780, 3600])
+# Below a minute, the unit tests' own interval, a recorded number of the minute before would count as silence.
+@pytest.mark.parametrize("seconds", [60, 90, 180, 420, 600, 780, 3600])
 def test_its_tests_follow(tmp_path, seconds):
     called("export", tmp_path, "--run-stalled-after", seconds)
     checked("promtool", "test", "rules", "run_stalled_test.yml", where=tmp_path / "prometheus")
