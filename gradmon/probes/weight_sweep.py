@@ -143,7 +143,7 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
     if sampler.span and any(scales):
         products = gram([*whole[0], *whole[1]])
         best = largest_quotient(products[count:, count:], products[:count, :count])[1]
-        scene.memory.direction = _along(whole[1], best)
+        scene.memory.direction = _along(whole[1], best, start)
     evidence = WeightSweep(
         coordinates=weights.coordinates,
         weights=weights.pick_flat(origin),
@@ -159,12 +159,19 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
     return _Sweep(evidence, products, sampler)
 
 
-def _along(changes: list[Tensor], combination: Tensor) -> Tensor | None:
-    """The direction of a combination of changes of the gradient, (P,); None where there is none."""
+def _along(changes: list[Tensor], combination: Tensor, gradient: Tensor) -> Tensor | None:
+    """The direction of a combination of changes of the gradient, (P,); None where there is none.
+
+    An eigenvector has no sign of its own: of the two, the one that points with the gradient is taken, so that runs that
+    differ only by rounding look the same way.
+    """
     direction = sum(float(c) * wide(change) for c, change in zip(combination, changes, strict=True))
     assert isinstance(direction, Tensor)
     size = length(direction)
-    return (direction / size).to(changes[0]) if 0 < size < math.inf else None
+    if not 0 < size < math.inf:
+        return None
+    sign = -1.0 if float(torch.dot(direction, wide(gradient))) < 0 else 1.0
+    return (sign * direction / size).to(changes[0])
 
 
 def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
