@@ -8,11 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from gradmon._parameters import trainable
 from gradmon.masks import Mask
+from gradmon.probes import learning_rates
 
 Plain = str | int | float | bool
 
@@ -56,15 +57,9 @@ def described(
     if optimizer is not None:
         info["optimizer"] = type(optimizer).__name__
         info.update(_settings(optimizer))
-    return {**info, **hparams}
-
-
-def learning_rate(optimizer: Optimizer) -> float | None:
-    """The largest learning rate of the parameter groups; None where there is none."""
-    rates = [
-        float(group["lr"]) for group in optimizer.param_groups if isinstance(group.get("lr"), (int, float, Tensor))
-    ]
-    return max(rates) if rates else None
+    # Those of numpy and torch as Python's own, which every sink can write.
+    plain: dict[str, Any] = {name: getattr(value, "item", lambda v=value: v)() for name, value in hparams.items()}
+    return {**info, **plain}
 
 
 def schedule_name(schedule: object) -> str:
@@ -76,9 +71,8 @@ def schedule_name(schedule: object) -> str:
 def _settings(optimizer: Optimizer) -> dict[str, Plain]:
     """The settings of the first parameter group."""
     found: dict[str, Plain] = {}
-    rate = learning_rate(optimizer)
-    if rate is not None:
-        found["learning_rate"] = rate
+    if rates := learning_rates(optimizer):
+        found["learning_rate"] = max(rates)
     group: dict[str, Any] = optimizer.param_groups[0]
     for name, value in group.items():
         if name in ("params", "lr", "initial_lr") or value is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from gradmon._parameters import check_trains, trainable
 from gradmon._reading import Alert, Reading
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule
-from gradmon.describing import described, learning_rate
+from gradmon.describing import described
 from gradmon.masks import Mask, as_mask, check_seed
 from gradmon.metrics import Metric
 from gradmon.observers import ActiveObserver, Observer, PassiveObserver, Setting
@@ -33,8 +34,8 @@ from gradmon.pacing import Pacer
 from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import WeightSampler
-from gradmon.probes import Memory, StepWatch
-from gradmon.publishing import Failures, OnAlert, Publisher
+from gradmon.probes import Memory, StepWatch, learning_rates
+from gradmon.publishing import Failures, OnAlert, Publisher, ended_well
 from gradmon.reading import Pending, Reader
 from gradmon.schedules import Schedule, budget, every
 from gradmon.sinks import Sink
@@ -135,6 +136,7 @@ class Monitor:
         example_dim: int | None = None,
     ) -> None:
         self.run, self.rank = run, rank
+        self._around = sys.exc_info()[1]
         self.failures = Failures(run)
         self._step = 0
         self._watch: StepWatch | None = None
@@ -165,7 +167,6 @@ class Monitor:
             derivative=derivative,
             hparams=hparams or {},
         )
-        self._publisher.open(sinks, run, rank, info)
         experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
         self._setting = Setting(
             model=model,
@@ -193,6 +194,13 @@ class Monitor:
             self._watch = StepWatch(optimizer, model, lambda: self._observer.keep(self._due), self.failures.note)
         self._due: list[Metric] = []
         self._plan()
+        try:
+            self._publisher.open(sinks, run, rank, info)
+        except BaseException:
+            if self._watch is not None:
+                self._watch.close()
+            self._observer.close()
+            raise
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -260,6 +268,7 @@ class Monitor:
         pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
         pacer.enter()
         taken = None if self._watch is None else self._watch.take()
+        self._setting.rates = self._rates()
         pending, observer.pending = observer.pending, None
         readings: list[Reading] = []
         if pending is not None:
@@ -277,12 +286,17 @@ class Monitor:
         if readings:
             self._publisher.publish(readings)
 
+    def _rates(self) -> list[float]:
+        """The learning rates of the step that was just taken."""
+        if self._watch is None or self._optimizer is None:
+            return []
+        return self._watch.rates or learning_rates(self._optimizer)
+
     def _circumstances(self, batch: Batch) -> list[Reading]:
         """Learning rate and batch size; they come first, so that remedies can name them."""
         readings: list[Reading] = []
-        rate = None if self._optimizer is None else learning_rate(self._optimizer)
-        if rate is not None:
-            readings.append(Reading("learning_rate", rate, self._step))
+        if self._setting.rates:
+            readings.append(Reading("learning_rate", max(self._setting.rates), self._step))
         try:
             readings.append(Reading("batch_size", float(example_count(batch, self._example_dim)), self._step))
         except GradmonError as error:
@@ -292,7 +306,7 @@ class Monitor:
     def _troubles(self) -> list[Reading]:
         """What went wrong so far in the monitor itself."""
         counts = {
-            "monitor_failures": sum(self.failures.values()),
+            "monitor_failures": sum(dict(self.failures).values()),
             "sink_errors": self._publisher.sink_errors,
             "sink_dropped": self._publisher.sink_dropped,
         }
@@ -311,9 +325,10 @@ class Monitor:
     def close(self) -> None:
         """Detach from model and optimizer, and close the sinks: the run has come to its end.
 
+        Called while an exception is on its way, as in a ``finally:``, it says that the run has failed.
         Waits until the sinks have taken what they were given, but a minute at most. A second call does nothing.
         """
-        self._close(True)
+        self._close(ended_well(sys.exc_info()[1], self._around))
 
     def _close(self, succeeded: bool) -> None:
         if self._watch is not None:
@@ -329,7 +344,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close(kind is None or issubclass(kind, KeyboardInterrupt))
+        self._close(ended_well(error, None))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not been interrupted, as plain types.

@@ -54,6 +54,7 @@ class Setting:
         input_module: The module whose output is x; None to find x.
         seed: The seed of the samplers.
         memory: What is remembered from probe to probe.
+        rates: The learning rates of the step that is looked at.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Setting:
     input_module: nn.Module | str | None
     seed: int
     memory: Memory
+    rates: Sequence[float] = ()
 
     def layout(self) -> Weights:
         """The layout of `w`."""
@@ -155,6 +157,7 @@ class ActiveObserver:
                 derivative=setting.derivative,
                 micro_batches=setting.micro_batches,
                 optimizer=setting.optimizer,
+                rates=setting.rates,
                 # Without a step that was seen (a skipped one, under a gradient scaler) there is none to look at.
                 after=None if taken is None else after,
                 trial=False,

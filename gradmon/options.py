@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, cast
 
 from torch import nn
@@ -208,5 +209,5 @@ def check_hparams(hparams: object) -> None:
     if hparams is None:
         return
     held: Mapping[Any, Any] = cast(Any, hparams) if isinstance(hparams, Mapping) else {None: None}
-    if not all(isinstance(name, str) and isinstance(value, (str, int, float, bool)) for name, value in held.items()):
+    if not all(isinstance(name, str) and isinstance(value, (str, Real)) for name, value in held.items()):
         raise ArgumentError("hparams", "map names to numbers, strings or booleans", repr(cast(Any, hparams)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
@@ -20,6 +23,8 @@ _PATIENCE = 60.0
 """The most seconds that closing waits for the sinks."""
 
 OnAlert = Literal["log", "stop"] | Callable[[Alert], object] | None
+_TAKEN: weakref.WeakValueDictionary[int, Sink] = weakref.WeakValueDictionary()
+"""The sinks with a run's name that are some monitor's."""
 Info = Mapping[str, str | int | float | bool]
 
 
@@ -83,6 +88,7 @@ class Publisher:
         self._active: dict[tuple[str, str | None], Alert] = {}
         self._readings: dict[str, Reading] = {}
         self.should_stop = False
+        self._process = os.getpid()
 
     @property
     def readings(self) -> dict[str, Reading]:
@@ -97,7 +103,8 @@ class Publisher:
     @property
     def sink_errors(self) -> int:
         """How often a sink has failed."""
-        return sum(count for where, count in self._failures.items() if where.startswith("sink "))
+        # A copy, because sinks count from threads of their own.
+        return sum(count for where, count in dict(self._failures).items() if where.startswith("sink "))
 
     @property
     def sink_dropped(self) -> int:
@@ -118,9 +125,17 @@ class Publisher:
         try:
             for given in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
                 sink = make_sink(given)
+                if _TAKEN.get(id(sink)) is sink:
+                    must = "be no other monitor's, whose readings would get this run's name"
+                    raise ArgumentError("sinks", must, f"the {type(sink).__name__} of another one")
+                if isinstance(sink, RunAware):
+                    with contextlib.suppress(TypeError):  # one that cannot be referred to weakly
+                        _TAKEN[id(sink)] = sink
                 if not getattr(sink, "immediate", False):
                     where = f"sink {type(sink).__name__}"
-                    sink = Background(sink, lambda error, where=where: self._failures.note(where, error))
+                    # Not `self`: the thread would keep a monitor that is forgotten, and with it itself.
+                    note = self._failures.note
+                    sink = Background(sink, lambda error, where=where, note=note: note(where, error))
                 self._sinks.append(sink)
             for sink in self._sinks:
                 if isinstance(sink, RunAware):
@@ -133,6 +148,8 @@ class Publisher:
 
     def publish(self, readings: Sequence[Reading]) -> None:
         """Take new readings: to the rules one by one, to every sink together, and then the alerts."""
+        if self._process != os.getpid():
+            return
         changes: list[Alert] = []
         for reading in readings:
             whole = reading.layer is None
@@ -141,6 +158,8 @@ class Publisher:
             for rule in self._listeners(reading.name, whole) if rules is None else rules:
                 try:
                     alert = rule(reading)
+                    if alert is not None and not isinstance(alert, Alert):  # pyright: ignore[reportUnnecessaryIsInstance]
+                        raise TypeError(f"must return an Alert or None. Got {alert!r}.")
                 except Exception as error:
                     self._failures.note(f"alert {rule.name}", error)
                     continue
@@ -153,6 +172,17 @@ class Publisher:
                 self._active[(alert.rule, alert.layer)] = alert
             self._to_sinks(lambda sink, change=alert: sink.alert(change))
             self._failures.guard("on_alert", lambda change=alert: self._act(change), None)
+
+    def _load(self, rule: Rule, states: Mapping[str, Any]) -> bool:
+        """Have a rule take up what was saved; whether it has. A rule of the same name may have been another one."""
+        if rule.name not in states or not hasattr(rule, "load_state_dict"):
+            return False
+
+        def load() -> bool:
+            rule.load_state_dict(states[rule.name])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+            return True
+
+        return self._failures.guard(f"alert {rule.name}", load, False)
 
     def _listeners(self, name: str, whole: bool) -> list[Rule]:
         """The rules that look at readings of a name; those that do not say what they look at get everything."""
@@ -191,6 +221,10 @@ class Publisher:
 
     def close(self, succeeded: bool | None = None) -> None:
         """Tell the sinks how the run ended, if that is known, and close them; a second call does nothing."""
+        if self._process != os.getpid():  # forked: the run, its files and its ports are the parent's
+            self._sinks = []
+        for sink in self._sinks:
+            _TAKEN.pop(id(sink.sink if isinstance(sink, Background) else sink), None)
         if succeeded is not None:
             self._to_sinks(lambda sink: sink.finish(succeeded) if isinstance(sink, EndAware) else None)
         self._to_sinks(lambda sink: sink.close())
@@ -211,12 +245,18 @@ class Publisher:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was saved."""
-        for rule in self._rules:
-            if rule.name in state["rules"] and hasattr(rule, "load_state_dict"):
-                rule.load_state_dict(state["rules"][rule.name])  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
-        alerts = [Alert(**_fields(alert)) for alert in state["alerts"]]
+        loaded = {rule.name for rule in self._rules if self._load(rule, state["rules"])}
+        # Nobody would resolve those of rules that are not there any more, or begin anew.
+        alerts = [Alert(**_fields(alert)) for alert in state["alerts"] if alert["rule"] in loaded]
         self._active = {(alert.rule, alert.layer): alert for alert in alerts}
+        for alert in alerts:  # sinks that show what fires have not heard of them in this process
+            self._to_sinks(lambda sink, still=alert: sink.alert(still) if _shows(sink) else None)
         self._readings = {name: Reading(**_fields(reading)) for name, reading in state["readings"].items()}
+
+
+def _shows(sink: Sink) -> bool:
+    """Whether it shows what fires, rather than what happens."""
+    return isinstance(sink, Background) or getattr(sink, "logs_alerts", False)
 
 
 def _plain(held: Reading | Alert) -> dict[str, Any]:
@@ -238,3 +278,8 @@ def _checked(alerts: str | Iterable[Rule] | None) -> list[Rule]:
     if len(names) < len(rules):
         raise ArgumentError("alerts", "be rules with different names", f"{names.most_common(1)[0][0]!r} twice")
     return rules
+
+
+def ended_well(error: BaseException | None, around: BaseException | None) -> bool:
+    """Whether a run that ends on the way of an exception ends well; `around` was on its way before the run began."""
+    return error is None or error is around or isinstance(error, KeyboardInterrupt)

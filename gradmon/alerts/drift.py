@@ -91,7 +91,9 @@ class Drift(Switching):
         spread = 1.4826 * median(abs(value - centre) for value in self._values)
         off = reading.value - centre
         wanted = {"up": off > 0, "down": off < 0, "both": True}[self.direction]
-        bad = wanted and abs(off) > self.deviations * max(spread, self.floor * abs(centre))
+        scale = max(spread, self.floor * abs(centre))
+        # Where most readings are 0, as with a loss that has a margin, nothing says how far is far.
+        bad = wanted and (scale > 0 or not self.floor) and abs(off) > self.deviations * scale
         if bad:
             self._suspect(reading.value)
         else:

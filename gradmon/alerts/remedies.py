@@ -12,6 +12,8 @@ _KEPT = 0.4
 _USUAL_UPDATE = 1e-2
 """The relative length of a step to come back to: ten times what is usual, a tenth of the limit."""
 
+_SENSIBLE = 1e4
+"""Batches that would have to be so many times as large are no remedy."""
 _OTHERWISE = "change the initialisation or add normalisation"
 
 Known = Mapping[str, float]
@@ -52,7 +54,7 @@ def smaller_update(reading: Reading, known: Known) -> str:
 def larger_batch(reading: Reading, known: Known) -> str:
     """For `noise_ratio`: signal and noise are equally strong at B times as much."""
     size, ratio = known.get("batch_size", math.nan), reading.value
-    if not (math.isfinite(size) and math.isfinite(ratio) and ratio > 1):
+    if not (math.isfinite(size) and 1 < ratio <= _SENSIBLE):
         return "Raise the batch size, or accumulate gradients over more micro-batches."
     return (
         f"Raise the batch size from {size:.0f} towards {_round(size * ratio):.0f}, where signal and noise are equally "

@@ -30,6 +30,7 @@ from gradmon.probes.step import step_evidence as step_evidence
 from gradmon.probes.watch import Keep as Keep
 from gradmon.probes.watch import StepWatch as StepWatch
 from gradmon.probes.watch import Taken as Taken
+from gradmon.probes.watch import learning_rates as learning_rates
 from gradmon.probes.weight_sweep import curvature, scaled_sweep, weight_sweep
 
 PROBES: dict[type, Probe] = {

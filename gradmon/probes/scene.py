@@ -42,6 +42,7 @@ class Scene:
         derivative: How the gradient's change along a weight perturbation is taken.
         micro_batches: Into how many parts the metrics over batch means divide the batch.
         optimizer: The optimizer whose step is looked at; None for none.
+        rates: The learning rates of that step; empty for those that the optimizer has now.
         after: The weights after its step.
         trial: Whether to try a step on copies where `after` is None.
         next_batch: The batch chi' of the next step; None without one.
@@ -58,6 +59,7 @@ class Scene:
     derivative: Derivative = "finite"
     micro_batches: int = 8
     optimizer: Optimizer | None = None
+    rates: Sequence[float] = ()
     after: Sequence[Tensor] | None = None
     trial: bool = True
     next_batch: Batch | None = None

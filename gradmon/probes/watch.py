@@ -96,6 +96,11 @@ def _norm(gradient: Tensor) -> Tensor:
     return cast("Any", gradient).norm()
 
 
+def learning_rates(optimizer: Optimizer) -> list[float]:
+    """The learning rates of the parameter groups that have one, as they are now."""
+    return [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+
+
 class StepWatch:
     """Keeps the weights, and on request the gradients, that an optimizer's step starts from.
 
@@ -118,6 +123,7 @@ class StepWatch:
         self._failed = failed
         self._taken: Taken | None = None
         self._inside: Taken | None = None
+        self._rates: list[Any] = []
         self._early: list[Tensor | None] = []
         self._left: LeftBehind | None = None
         self._optimizer = optimizer
@@ -148,6 +154,11 @@ class StepWatch:
             self._left.remove()
             self._left = None
 
+    @property
+    def rates(self) -> list[float]:
+        """The learning rates of the parameter groups in the last step; empty before the first."""
+        return [float(rate) for rate in self._rates]
+
     def close(self) -> None:
         """Take the hooks off."""
         self._hook.remove()
@@ -156,6 +167,9 @@ class StepWatch:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         try:
+            # A scheduler may change them before the monitor is called; those that are tensors it changes in place.
+            rates = (group.get("lr") for group in optimizer.param_groups)
+            self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates if rate is not None]
             keep = self._wanted()
             if keep == "nothing":
                 self._deafen()

@@ -14,6 +14,7 @@ from gradmon._tensors import gram, largest_quotient, length, wide, working
 from gradmon.per_example import Wanted
 from gradmon.perturbations.weights import Krylov, WeightPoint, WeightSampler
 from gradmon.probes.scene import Scene
+from gradmon.probes.watch import learning_rates
 
 _SETTLED = 0.7
 """The least cosine between a tracked direction v and H v at which v . H v is shown as a curvature."""
@@ -44,7 +45,7 @@ def curvature(scene: Scene) -> Curvature:
     if count == 1 and isinstance(sampler, Krylov) and sampler.start is not None:
         _check_settled(products)
     groups = scene.optimizer.param_groups if scene.optimizer is not None else []
-    rates = {float(group["lr"]) for group in groups if "lr" in group}
+    rates = set(scene.rates or ([] if scene.optimizer is None else learning_rates(scene.optimizer)))
     plain = isinstance(scene.optimizer, torch.optim.SGD) and not any(group["maximize"] for group in groups)
     return Curvature(
         projected=(products[:count, count:] + products[count:, :count]) / 2,

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import socket
 import time
+from collections.abc import Callable
 from typing import Any
 
-from gradmon._errors import ArgumentError
+from gradmon._errors import ArgumentError, GradmonError
 from gradmon._reading import Alert, Severity
 
 _RANK: dict[Severity, int] = {"info": 0, "warning": 1, "critical": 2}
+
+_Key = tuple[str, str | None]
 
 
 class Notices:
     """Chooses among alerts, and puts them into words.
 
-    A rule that fires again within `pause` seconds of its last message is not told of again; that it resolved is told of
-    only where it was told that it fired.
+    A rule that fires again within `pause` seconds of its last message is told of when they are over, if it still fires;
+    that it resolved is told of only where it was told that it fired.
 
     Args:
         least: The least severity that is worth a message.
@@ -38,24 +41,55 @@ class Notices:
         if isinstance(pause, bool) or not isinstance(pause, (int, float)) or not 0 <= pause < math.inf:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("pause", "be a number of seconds of at least 0", pause)
         self._least, self._resolved, self._pause = _RANK[least], resolved, pause
-        self._told: dict[tuple[str, str | None], float] = {}
-        self._firing: set[tuple[str, str | None]] = set()
+        self._told: dict[_Key, float] = {}
+        self._firing: dict[_Key, Alert] = {}
+        self._known: set[_Key] = set()
+        self._over: list[Alert] = []
         self.run, self.rank = "run", 0
 
-    def wanted(self, alert: Alert) -> bool:
-        """Whether to send a message; to be asked once for each alert."""
+    def take(self, alert: Alert) -> None:
+        """Take note of an alert."""
         if _RANK[alert.severity] < self._least:
-            return False
-        key, now = (alert.rule, alert.layer), time.monotonic()
-        if alert.state == "resolved":
-            was_told = key in self._firing
-            self._firing.discard(key)
-            return self._resolved and was_told
-        if now - self._told.get(key, -math.inf) < self._pause:
-            return False
-        self._told[key] = now
-        self._firing.add(key)
-        return True
+            return
+        key = (alert.rule, alert.layer)
+        if alert.state == "firing":
+            self._firing[key] = alert
+            return
+        self._firing.pop(key, None)
+        if key in self._known:
+            self._known.discard(key)
+            if self._resolved:
+                self._over.append(alert)
+
+    def deliver(self, send: Callable[[Alert], None]) -> None:
+        """Send what is due; where a message is not accepted, there is another attempt after the pause.
+
+        Args:
+            send: Sends one message.
+
+        Raises:
+            GradmonError: One was not accepted; the others have been sent all the same.
+        """
+        error: GradmonError | None = None
+        for alert in self._due():
+            try:
+                send(alert)
+            except GradmonError as failure:
+                error = failure
+            else:
+                if alert.state == "firing":
+                    self._known.add((alert.rule, alert.layer))
+        if error is not None:
+            raise error
+
+    def _due(self) -> list[Alert]:
+        over, self._over = self._over, []
+        now, found = time.monotonic(), list[Alert]()
+        for key, alert in self._firing.items():
+            if key not in self._known and now - self._told.get(key, -math.inf) >= self._pause:
+                self._told[key] = now
+                found.append(alert)
+        return over + found
 
     def title(self, alert: Alert) -> str:
         """One line: which rule of which run fires or has resolved."""

@@ -22,6 +22,10 @@ Work = Callable[[], object]
 Fail = Callable[[Exception], None]
 
 
+class SinkExit(Exception):
+    """Stands for what ends a thread rather than being an error, such as `SystemExit`."""
+
+
 class Background:
     """Hands on to a sink from a daemon thread of its own, in order.
 
@@ -114,8 +118,9 @@ class _Queue:
             while self._weight > self._capacity and len(self._waiting) > 1:
                 self._drop()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="gradmon-sink", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="gradmon-sink", daemon=True)
+                thread.start()  # raises where the system has no more; the next call tries again
+                self._thread = thread
             self._changed.notify_all()
 
     def _drop(self) -> None:
@@ -143,6 +148,8 @@ class _Queue:
                 work()
             except Exception as error:
                 self._fail(error)
+            except BaseException as error:  # `sys.exit` in a sink must not leave a queue that nobody empties
+                self._fail(SinkExit(f"{type(error).__name__}: {error}"))
 
     def end(self) -> None:
         """Let the thread go when it has done what waits."""

@@ -100,7 +100,12 @@ class EmailSink:
         self._notices.run, self._notices.rank = run, rank
 
     def write(self, readings: Sequence[Reading]) -> None:
-        """Do nothing: nobody wants a message for each reading."""
+        """Send what was put off; nobody wants a message for each reading.
+
+        Raises:
+            GradmonError: It was not accepted.
+        """
+        self._notices.deliver(self._tell)
 
     def alert(self, alert: Alert) -> None:
         """Send the alert, if it is worth a message.
@@ -108,8 +113,10 @@ class EmailSink:
         Raises:
             GradmonError: It could not be sent.
         """
-        if not self._notices.wanted(alert):
-            return
+        self._notices.take(alert)
+        self._notices.deliver(self._tell)
+
+    def _tell(self, alert: Alert) -> None:
         message = EmailMessage()
         # A header is one line, whatever a run is named.
         message["Subject"] = " ".join(self._notices.title(alert).split())
@@ -133,7 +140,9 @@ class EmailSink:
             user, password = self._login
             if user is not None and password is not None:
                 server.login(user, password)
-            server.send_message(message)
+            refused = server.send_message(message)
+        if refused:  # an error is raised only where all of them are
+            raise GradmonError(f"{self._host} did not take the alert for {', '.join(refused)}.")
 
     def close(self) -> None:
         """Do nothing: there is no connection between two messages."""

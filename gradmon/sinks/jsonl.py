@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,6 +16,7 @@ from gradmon._reading import Alert, Reading
 
 FORMAT_VERSION = 1
 _FORMAT = "hold lines that a `JsonlSink` wrote"
+_RUN = '{"kind":"run"'
 _FLOATS = frozenset({"value", "scale", "resolution"})
 
 
@@ -44,7 +46,8 @@ class JsonlSink:
             self._file = self.path.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
             raise ArgumentError("path", f"be a file that can be written ({error.strerror})", path) from error
-        self._headed = False
+        self._head: tuple[str | None, int | None] | None = None
+        self._end: int | None = None
         if torn:
             self._file.write("\n")
 
@@ -59,8 +62,9 @@ class JsonlSink:
         Raises:
             GradmonError: The sink is closed.
         """
-        self._headed = True
+        self._head = None
         self._append(_header(run, rank))
+        self._head = (run, rank)
 
     def describe(self, info: Mapping[str, str | int | float | bool]) -> None:
         """Append the line that describes the run, and flush.
@@ -102,11 +106,17 @@ class JsonlSink:
     def _append(self, text: str) -> None:
         if self._file.closed:
             raise GradmonError(f"The sink of {self.path} is closed.")
-        if not self._headed:
-            self._headed = True
-            text = _header(None, None) + text
-        self._file.write(text)
-        self._file.flush()
+        with _alone(self._file.fileno()):
+            size = os.fstat(self._file.fileno()).st_size
+            if self._end is None and self._head is None and not text.startswith(_RUN):
+                self._head = (None, None)
+                text = _header(None, None) + text
+            elif self._end not in (None, size) and self._head is not None:
+                # Another monitor or rank writes to the file as well: what follows is not of its run.
+                text = _header(*self._head, continued=True) + text
+            self._file.write(text)
+            self._file.flush()
+            self._end = os.fstat(self._file.fileno()).st_size
 
 
 class Recording(NamedTuple):
@@ -190,10 +200,19 @@ def read_runs(path: str | os.PathLike[str]) -> list[RunLog]:
         info: dict[str, Any] = {**log.info, **head.get("info", {})}
         end: dict[str, Any] = head.get("end", {})
         log = log._replace(info=info, succeeded=end.get("succeeded"), ended=end.get("time"))
+        _rewind(log, [reading.step for reading in readings if reading.step is not None])
         log.readings.extend(readings)
         log.alerts.extend(alerts)
         found[key] = log
     return list(found.values())
+
+
+def _rewind(log: RunLog, steps: Sequence[int]) -> None:
+    """Forget what a run that goes on from an earlier step had said of later ones: that part has been given up."""
+    if steps:
+        first = min(steps)  # with it come numbers that had waited for the next batch
+        log.readings[:] = [reading for reading in log.readings if reading.step is None or reading.step <= first]
+        log.alerts[:] = [alert for alert in log.alerts if alert.step is None or alert.step < first]
 
 
 _Part = tuple[dict[str, Any], list[Reading], list[Alert]]
@@ -207,6 +226,7 @@ def _parts(path: str | os.PathLike[str]) -> list[_Part]:
         ArgumentError: As for `read_jsonl`.
     """
     parts: list[_Part] = []
+    part: _Part | None = None
     try:
         # Not splitlines(): that also splits at characters which a line of JSON may hold.
         lines = _checked(path).read_text(encoding="utf-8", errors="replace").split("\n")
@@ -218,23 +238,34 @@ def _parts(path: str | os.PathLike[str]) -> list[_Part]:
             newer = kind == "run" and fields["version"] > FORMAT_VERSION
             if kind == "run":
                 fields["rank"], fields["time"] = int(fields.get("rank") or 0), float(fields.get("time") or 0.0)
-            if kind == "run" or (not parts and kind in ("info", "reading", "alert", "end")):
-                parts.append((fields if kind == "run" else {}, [], []))
+            begun = [part for part in parts if kind == "run" and _same(part[0], fields)]
+            if begun and fields.get("continued"):
+                part = begun[-1]
+            elif kind == "run" or (part is None and kind in ("info", "reading", "alert", "end")):
+                part = (fields if kind == "run" else {}, [], [])
+                parts.append(part)
+            if part is None:
+                continue
             if kind == "reading":
-                parts[-1][1].append(Reading(**decoded(fields, Reading._fields)))
+                part[1].append(Reading(**decoded(fields, Reading._fields)))
             elif kind == "alert":
                 optional: dict[str, Any] = {"step": None, "layer": None}
-                parts[-1][2].append(Alert(**(optional | decoded(fields, Alert._fields))))
+                part[2].append(Alert(**(optional | decoded(fields, Alert._fields))))
             elif kind == "info":
-                parts[-1][0]["info"] = dict(fields["info"])
+                part[0]["info"] = dict(fields["info"])
             elif kind == "end":
-                parts[-1][0]["end"] = {"succeeded": bool(fields["succeeded"]), "time": float(fields["time"])}
+                part[0]["end"] = {"succeeded": bool(fields["succeeded"]), "time": float(fields["time"])}
         except (KeyError, TypeError, ValueError) as error:
             raise ArgumentError("path", _FORMAT, f"line {number} of {os.fspath(path)}") from error
         if newer:
             must = f"be written in version {FORMAT_VERSION} of the file format or an older one"
             raise ArgumentError("path", must, f"version {fields['version']} in {os.fspath(path)}")
     return parts
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two run lines name the same run and rank."""
+    return (one.get("run"), one.get("rank", 0)) == (other.get("run"), other.get("rank", 0))
 
 
 def _checked(path: object) -> Path:
@@ -252,8 +283,25 @@ def _lacks_newline(path: Path) -> bool:
         return file.read() != b"\n"
 
 
-def _header(run: str | None, rank: int | None) -> str:
-    return _line("run", {"run": run, "rank": rank, "version": FORMAT_VERSION, "time": time.time()})
+def _header(run: str | None, rank: int | None, *, continued: bool = False) -> str:
+    more = {"continued": True} if continued else {}
+    return _line("run", {"run": run, "rank": rank, "version": FORMAT_VERSION, "time": time.time(), **more})
+
+
+@contextlib.contextmanager
+def _alone(file: int) -> Generator[None, None, None]:
+    """Keep other processes from appending meanwhile, where the system can do that."""
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _line(kind: str, fields: Mapping[str, Any]) -> str:
@@ -278,6 +326,8 @@ def decoded(fields: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     found = {key: fields[key] for key in known if key in fields}
     for key in _FLOATS & found.keys():
         found[key] = math.nan if found[key] is None else float(found[key])
+    if not isinstance(found.get("step", 0), int):
+        raise TypeError("a step is a whole number")
     if "blame" in found:
         found["blame"] = tuple(str(layer) for layer in found["blame"])
     return found

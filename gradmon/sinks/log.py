@@ -44,7 +44,7 @@ class LogSink:
 
     def bind(self, run: str, rank: int) -> None:
         """Begin every line with the run, and with the rank where it is not 0."""
-        self._prefix = f"{run} rank {rank}: " if rank else f"{run}: "
+        self._prefix = _one_line(f"{run} rank {rank}: " if rank else f"{run}: ")
 
     def write(self, readings: Sequence[Reading]) -> None:
         """Log the readings on one line."""
@@ -62,10 +62,15 @@ class LogSink:
         text = f"{_at(alert.step)}{alert.rule} {alert.state}{where}: {alert.message}"
         if alert.state == "firing" and alert.remedy:
             text += f" Remedy: {alert.remedy}"
-        self.logger.log(level, "%s%s", self._prefix, text)
+        self.logger.log(level, "%s%s", self._prefix, _one_line(text))
 
     def close(self) -> None:
         """Do nothing: the logger belongs to the program."""
+
+
+def _one_line(text: str) -> str:
+    """A text without line breaks and other control characters, whatever layers are named."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _level(level: object) -> int:

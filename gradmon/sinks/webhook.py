@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -18,6 +19,16 @@ _TRIES = 3
 _PAUSE = 1.0
 """Seconds before the second try; before the third twice as many."""
 _TOO_MANY = 429
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows none: what is followed becomes a GET without the alert, and takes the headers to wherever it leads."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:
+        """No further request."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 class WebhookSink:
@@ -60,6 +71,9 @@ class WebhookSink:
         parts = urlsplit(url) if isinstance(url, str) else None  # pyright: ignore[reportUnnecessaryIsInstance]
         if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
             raise ArgumentError("url", "be an address that begins with http:// or https://", repr(url))
+        if parts.username is not None or not url.strip().isprintable() or " " in url.strip():
+            must = "have no user, blank or control character in it; `headers` can authorise"
+            raise ArgumentError("url", must, "one that has")  # it may be a secret
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("timeout", "be a positive number of seconds", timeout)
         self._url, self._timeout, self._body = url, timeout, body
@@ -78,7 +92,12 @@ class WebhookSink:
         self._notices.run, self._notices.rank = run, rank
 
     def write(self, readings: Sequence[Reading]) -> None:
-        """Do nothing: nobody wants a message for each reading."""
+        """Send what was put off; nobody wants a message for each reading.
+
+        Raises:
+            GradmonError: It was not accepted.
+        """
+        self._notices.deliver(self._tell)
 
     def alert(self, alert: Alert) -> None:
         """Post the alert, if it is worth a message.
@@ -86,8 +105,10 @@ class WebhookSink:
         Raises:
             GradmonError: It was not accepted.
         """
-        if not self._notices.wanted(alert):
-            return
+        self._notices.take(alert)
+        self._notices.deliver(self._tell)
+
+    def _tell(self, alert: Alert) -> None:
         text = f"{self._notices.title(alert)}\n{self._notices.text(alert)}"
         fields = {**self._notices.fields(alert), "text": text}
         data = json.dumps(fields if self._body is None else self._body(fields)).encode()
@@ -96,20 +117,23 @@ class WebhookSink:
             error = self._posted(request)
             if error is None:
                 return
-            if attempt == _TRIES or (error.startswith("HTTP 4") and error != f"HTTP {_TOO_MANY}"):
+            final = error.startswith(("HTTP 3", "HTTP 4")) and error != f"HTTP {_TOO_MANY}"
+            if attempt == _TRIES or final:
                 raise GradmonError(f"The webhook at {self._host} did not take the alert {alert.rule}: {error}.")
             time.sleep(_PAUSE * attempt)
 
     def _posted(self, request: urllib.request.Request) -> str | None:
         """What went wrong; None if nothing did."""
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+            with _OPENER.open(request, timeout=self._timeout) as answer:
                 answer.read()
         except urllib.error.HTTPError as error:
             error.close()
             return f"HTTP {error.code}"
         except (OSError, ValueError) as error:
             return f"{type(error).__name__}: {getattr(error, 'reason', error)}"
+        except http.client.HTTPException as error:
+            return type(error).__name__  # its text may hold the address
         return None
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ ASSETS = {
 _LEAST_WINDOW = 7200
 _WINDOWS = 4  # a stalled run is remembered for this many times the silence that makes it one
 _LONGEST = 86400
+_SHORTEST = 60  # a recorded number may be a minute old
 
 
 def rendered(runbook_url: str = RUNBOOK_URL, stalled_after: int = STALLED_AFTER) -> Iterator[tuple[str, str]]:
@@ -161,6 +162,6 @@ def _page(text: str) -> str:
 
 
 def _seconds(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _LONGEST):
-        raise argparse.ArgumentTypeError(f"must be a whole number in [1, {_LONGEST}]. Got {text!r}.")
+    if not (text.isascii() and text.isdigit() and _SHORTEST <= int(text) <= _LONGEST):
+        raise argparse.ArgumentTypeError(f"must be a whole number in [{_SHORTEST}, {_LONGEST}]. Got {text!r}.")
     return int(text)

@@ -314,3 +314,8 @@ def test_a_lasting_change_becomes_the_new_level():
     # Interrupted by a usual reading, it is none.
     rule = Drift("m", window=10, least=5)
     assert states(rule, of("m", [1.0] * 10 + [100.0] * 9 + [1.0] + [100.0] * 9)) == ["firing", "resolved", "firing"]
+
+
+def test_drift_is_quiet_where_nothing_says_how_far_is_far():
+    """A loss with a margin: most gradients are exactly zero."""
+    assert states(rule_named("exploding"), of("grad_norm", [0.0, 0.0, 0.3] * 30)) == []

@@ -18,7 +18,7 @@ from gradmon import Monitor, Reading, every
 from gradmon._reading import Alert
 from gradmon.alerts import Above
 from gradmon.publishing import Failures, Publisher
-from gradmon.sinks import Background, MemorySink, read_jsonl, read_runs
+from gradmon.sinks import Background, JsonlSink, MemorySink, read_jsonl, read_runs
 
 
 class Slow(MemorySink):
@@ -285,7 +285,8 @@ def test_runs_are_read_with_what_describes_them_and_how_they_ended(tmp_path):
             train(monitor, model, optimizer, steps)
     first, second = read_runs(path)
     assert (first.run, first.rank, second.run) == ("a", 0, "b")
-    assert [r.step for r in first.readings if r.name == "loss"] == [1, 2, 1]
+    # What went on from the beginning has given up what was there before.
+    assert [r.step for r in first.readings if r.name == "loss"] == [1, 1]
     assert first.succeeded is True
     assert first.time < first.ended < time.time()
     assert first.info["dataset"] == "made up"
@@ -297,7 +298,7 @@ def test_runs_are_read_with_what_describes_them_and_how_they_ended(tmp_path):
     assert first.info["torch"] == torch.__version__
     kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
     assert kinds.count("run") == kinds.count("info") == kinds.count("end") == 3
-    assert len(read_jsonl(path).readings) == len(first.readings) + len(second.readings)
+    assert len([r for r in read_jsonl(path).readings if r.name == "loss"]) == 4
 
 
 def test_a_resumed_run_that_was_killed_has_no_end(tmp_path):
@@ -326,3 +327,165 @@ def test_a_run_line_that_makes_no_sense(line, tmp_path):
     path.write_text(line + "\n")
     with pytest.raises(gradmon.ArgumentError, match=r"`path` must hold lines that a `JsonlSink` wrote\. Got line 1 of"):
         read_runs(path)
+
+
+def test_what_a_resumed_run_gave_up_is_not_its_end(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for steps, value in ((range(1, 11), 9.0), (range(6, 9), 1.0)):
+        sink = JsonlSink(path)
+        sink.bind("run", 0)
+        for step in steps:
+            sink.write([reading(value, step)])
+        if value > 1:
+            sink.alert(alert(10))
+        sink.close()
+    (run,) = read_runs(path)
+    assert [(r.step, r.value) for r in run.readings if r.step > 5] == [(6, 9.0), (6, 1.0), (7, 1.0), (8, 1.0)]
+    assert run.alerts == []
+
+
+def test_two_runs_in_one_file_are_told_apart(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    sinks = {name: JsonlSink(path) for name in ("a", "b")}
+    for name, sink in sinks.items():
+        sink.bind(name, 0)
+    for step, name in enumerate("aabab", 1):
+        sinks[name].write([reading(step=step)])
+    for sink in sinks.values():
+        sink.close()
+    found = {run.run: [r.step for r in run.readings] for run in read_runs(path)}
+    assert found == {"a": [1, 2, 4], "b": [3, 5]}
+
+
+def test_one_sink_cannot_have_two_names(tmp_path):
+    sink = JsonlSink(tmp_path / "run.jsonl")
+    first = watched(sinks=sink, run="a")[2]
+    with pytest.raises(gradmon.ArgumentError, match=r"`sinks` must be no other monitor's, whose readings would get"):
+        watched(sinks=sink, run="b")
+    first.close()
+
+
+def test_a_crash_that_is_on_its_way_is_no_good_end():
+    def run():
+        sink = Slow()
+        sink.gate.set()
+        monitor = watched(sinks=[sink])[2]
+        ended.append(sink)
+        try:
+            raise ValueError("the training")
+        finally:
+            monitor.close()
+
+    ended = []
+    with pytest.raises(ValueError, match="the training"):
+        run()
+    assert ended[0].ended == [False, "closed"]
+
+
+def test_an_exception_that_was_there_before_does_not_count():
+    sink = Slow()
+    sink.gate.set()
+    try:
+        raise ValueError("before")
+    except ValueError:
+        monitor = watched(sinks=[sink])[2]
+        monitor.close()
+    assert sink.ended == [True, "closed"]
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+def test_what_ends_a_thread_does_not_end_the_queue(error):
+    class Leaving(MemorySink):
+        immediate = False
+
+        def write(self, readings):
+            if readings[0].step == 1:
+                raise error
+            super().write(readings)
+
+    errors, sink = [], Leaving()
+    background = Background(sink, errors.append)
+    background.write([reading(step=1)])
+    background.write([reading(step=2)])
+    assert background.wait(10)
+    assert [r.step for r in sink.readings] == [2]
+    assert [str(found) for found in errors] == [f"{error.__name__}: "]
+    background.close()
+
+
+def test_a_monitor_that_is_forgotten_leaves_no_thread():
+    before = set(threading.enumerate())
+    sink = Slow()
+    sink.gate.set()
+    model, optimizer, monitor = watched(sinks=[sink])
+    train(monitor, model, optimizer, 2)
+    assert monitor.flush(10)
+    del monitor, optimizer, model
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+
+
+def test_a_rule_that_returns_something_else_harms_nobody():
+    class Odd:
+        name = "odd"
+
+        def __call__(self, reading):
+            return "an alert"
+
+    failures, sink = Failures(), MemorySink()
+    publisher = Publisher([Odd(), Above("loss", 0.5)], failures)
+    publisher.open(sink, "run", 0)
+    publisher.publish([reading()])
+    assert [found.rule for found in sink.alerts] == ["loss_high"]
+    assert failures == {"alert odd": 1}
+
+
+def test_alerts_of_rules_that_are_gone_do_not_fire_for_ever():
+    first = Publisher([Above("loss", 0.5), Above("other", 0.5)], Failures())
+    first.publish([reading(), reading(name="other")])
+    again = Publisher([Above("loss", 0.5)], Failures())
+    again.load_state_dict(first.state_dict())
+    assert [found.rule for found in again.alerts] == ["loss_high"]
+
+
+@pytest.mark.parametrize("scheduled", ["before", "after"])
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_the_learning_rate_is_that_of_the_step(scheduled, kind):
+    model, sink = torch.nn.Linear(3, 1), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=kind(0.5))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    loss = lambda model, batch: model(batch).square().mean()  # noqa: E731
+    options = {"metrics": ["loss", "sharpness", "stability"], "schedule": every(1), "sinks": sink}
+    with Monitor(model, optimizer, loss, **options) as monitor:
+        for _ in range(3):
+            batch = torch.randn(4, 3)
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            optimizer.step()
+            if scheduled == "before":
+                scheduler.step()
+            monitor.step(batch)
+            if scheduled == "after":
+                scheduler.step()
+    rates = [value for _, value in sink.series("learning_rate")]
+    assert rates == [0.5, 0.25, 0.125]
+    pairs = zip(sink.series("sharpness"), sink.series("stability"), rates, strict=True)
+    told = [(stable, sharp * rate / 2) for (_, sharp), (_, stable), rate in pairs if sharp == sharp]
+    assert told
+    assert all(abs(found - expected) <= 1e-6 * abs(expected) for found, expected in told)
+
+
+def test_plain_values_of_numpy_describe_a_run_too():
+    import numpy
+
+    sink = Described()
+    watched(sinks=[sink], hparams={"n": numpy.int64(3), "rate": numpy.float32(0.5), "flag": True})[2].close()
+    assert {name: type(sink.info[name]) for name in ("n", "rate", "flag")} == {"n": int, "rate": float, "flag": bool}
+
+
+class Described(MemorySink):
+    def describe(self, info):
+        self.info = dict(info)

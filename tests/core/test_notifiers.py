@@ -121,6 +121,42 @@ def test_a_flapping_rule_is_told_of_once_in_a_while(receiver, monkeypatch):
     assert [body["state"] for body in receiver.bodies] == ["firing", "resolved", "firing", "resolved"]
 
 
+def test_what_fires_on_after_the_pause_is_told_of(receiver, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("gradmon.sinks._notice.time.monotonic", lambda: clock[0])
+    sink = WebhookSink(receiver.url, pause=60.0)
+    for state in ("firing", "resolved", "firing"):
+        sink.alert(alert(state))
+    sink.write([])
+    assert [body["state"] for body in receiver.bodies] == ["firing", "resolved"]
+    clock[0] += 61.0
+    sink.write([])
+    sink.write([])
+    assert [body["state"] for body in receiver.bodies] == ["firing", "resolved", "firing"]
+
+
+def test_a_message_that_was_not_taken_is_sent_again(receiver, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("gradmon.sinks._notice.time.monotonic", lambda: clock[0])
+    receiver.answers = [404]
+    sink = WebhookSink(receiver.url, pause=60.0)
+    with pytest.raises(GradmonError, match="did not take the alert"):
+        sink.alert(alert())
+    sink.write([])
+    assert len(receiver.bodies) == 1
+    clock[0] += 61.0
+    sink.write([])
+    sink.alert(alert("resolved"))
+    assert [body["state"] for body in receiver.bodies] == ["firing", "firing", "resolved"]
+
+
+def test_a_redirect_is_not_followed(receiver):
+    receiver.answers = [302]
+    with pytest.raises(GradmonError, match="did not take the alert step_too_long: HTTP 302"):
+        WebhookSink(receiver.url, headers={"Authorization": "Bearer secret"}).alert(alert())
+    assert len(receiver.bodies) == 1
+
+
 @pytest.mark.parametrize(("answers", "posts", "error"), [
     ([500, 503], 3, None),
     ([429], 2, None),
@@ -269,6 +305,8 @@ ADDRESSES = ("me@example.org", "you@example.org")
     [
         (lambda: WebhookSink("ftp://x"), "`url` must be an address that begins with http:// or https://. Got 'ftp://x'."),
         (lambda: WebhookSink(3), "`url` must be an address that begins with http:// or https://. Got 3."),
+        (lambda: WebhookSink("http://x/secret token"), "`url` must have no user, blank or control character in it"),
+        (lambda: WebhookSink("http://me:secret@x/"), "`url` must have no user, blank or control character in it"),
         (lambda: WebhookSink("http://x", timeout=0), "`timeout` must be a positive number of seconds. Got 0."),
         (lambda: WebhookSink("http://x", least="bad"), '`least` must be "info", "warning" or "critical". Got \'bad\'.'),
         (lambda: WebhookSink("http://x", pause=-1), "`pause` must be a number of seconds of at least 0. Got -1."),

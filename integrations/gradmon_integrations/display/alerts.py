@@ -34,8 +34,9 @@ class Complaint(NamedTuple):
 
 def complaints(active: Sequence[Alert]) -> list[Complaint]:
     """The active alerts, by rule, the most severe first."""
-    order = list(SEVERITIES)
-    ranked = sorted(active, key=lambda alert: (order.index(alert.severity), alert.rule))
+    order: dict[str, int] = {severity: place for place, severity in enumerate(SEVERITIES)}
+    # A file of a newer version, or a rule of the user's own, may know others.
+    ranked = sorted(active, key=lambda alert: (order.get(alert.severity, len(order)), alert.rule))
     found: list[Complaint] = []
     for _, same in groupby(ranked, key=lambda alert: alert.rule):
         alerts = sorted(same, key=lambda alert: alert.step or 0)
@@ -48,7 +49,7 @@ def in_words(complaint: Complaint, history: History, *, brief: bool = False) -> 
     """The rule and the remedy; unless it is to be brief also since when, where, and the number now."""
     alert, parts = complaint.first, []
     if brief:
-        text = Text(one_line(alert.rule), style=SEVERITIES[alert.severity])
+        text = Text(one_line(alert.rule), style=SEVERITIES.get(alert.severity, "red"))
         return text.append(f": {one_line(alert.remedy)}", style="not bold default") if alert.remedy else text
     if alert.step is not None:
         parts.append(f"since step {alert.step}")
@@ -58,7 +59,7 @@ def in_words(complaint: Complaint, history: History, *, brief: bool = False) -> 
         parts.append(f"{metric} now {written(metric, reading.value)}")
     if complaint.places:
         parts.append(f"{'in' if alert.layer is not None else 'mostly in'} {names(complaint.places)}")
-    text = Text(one_line(alert.rule), style=SEVERITIES[alert.severity])
+    text = Text(one_line(alert.rule), style=SEVERITIES.get(alert.severity, "red"))
     text.append(f" {one_line(', '.join(parts))}.", style="not bold default")
     return text.append(f" {one_line(alert.remedy)}", style="not bold default") if alert.remedy else text
 
@@ -80,7 +81,7 @@ def alerts_table(histories: Mapping[str, History], *, brief: bool = False) -> Ta
         if not found:
             table.add_row(first, "", Text("no alert", style="green"))
         for complaint in found:
-            mark = Text("!", style=SEVERITIES[complaint.first.severity])
+            mark = Text("!", style=SEVERITIES.get(complaint.first.severity, "red"))
             words = in_words(complaint, history, brief=brief)
             # Of the text, not of the column: columns that do not wrap are made narrower together.
             words.no_wrap, words.overflow = brief, "ellipsis" if brief else "fold"
@@ -96,7 +97,7 @@ def line(alert: Alert) -> Text:
     if alert.state == "resolved":
         text.append(one_line(f"{alert.rule} resolved{where}"), style="green")
         return text.append(f": {one_line(alert.message)}")
-    text.append(one_line(f"{alert.severity} {alert.rule}{where}"), style=SEVERITIES[alert.severity])
+    text.append(one_line(f"{alert.severity} {alert.rule}{where}"), style=SEVERITIES.get(alert.severity, "red"))
     return text.append(f": {one_line(f'{alert.message} {alert.remedy}')}")
 
 

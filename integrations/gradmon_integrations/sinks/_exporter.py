@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterable
@@ -74,6 +76,9 @@ class Exporter:
             self._wait()
         finally:
             self._server.shutdown()
+            # Workers that were forked meanwhile hold the socket as well, and with it the port.
+            with contextlib.suppress(OSError):
+                self._server.socket.shutdown(socket.SHUT_RDWR)
             self._server.server_close()
             self._thread.join()
 

@@ -57,7 +57,12 @@ class AppriseSink:
         self._notices.run, self._notices.rank = run, rank
 
     def write(self, readings: Sequence[Reading]) -> None:
-        """Do nothing: nobody wants a message for each reading."""
+        """Send what was put off; nobody wants a message for each reading.
+
+        Raises:
+            GradmonError: It was not accepted.
+        """
+        self._notices.deliver(self._tell)
 
     def alert(self, alert: Alert) -> None:
         """Send the alert, if it is worth a message.
@@ -65,8 +70,10 @@ class AppriseSink:
         Raises:
             GradmonError: A service did not take it.
         """
-        if not self._notices.wanted(alert):
-            return
+        self._notices.take(alert)
+        self._notices.deliver(self._tell)
+
+    def _tell(self, alert: Alert) -> None:
         kind = "success" if alert.state == "resolved" else _KINDS[alert.severity]
         sent = self._services.notify(
             title=self._notices.title(alert), body=self._notices.text(alert), notify_type=kind, body_format="text"

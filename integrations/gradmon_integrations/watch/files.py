@@ -13,6 +13,7 @@ from gradmon.sinks.jsonl import FORMAT_VERSION, decoded
 from gradmon_integrations.watch.runs import SourceError, Watched
 
 _CHUNK = 1 << 22
+_HEAD = 256
 _OTHERS = "hold lines that a `JsonlSink` wrote"
 
 
@@ -87,6 +88,7 @@ class Tail:
         self._identity: tuple[int, int] | None = None
         self._offset = 0
         self._rest = b""
+        self._head = b""
 
     def read(self) -> None:
         """Read what was added; a file that was replaced or shortened is read from its beginning.
@@ -106,6 +108,13 @@ class Tail:
             return
         try:
             with self._path.open("rb") as file:
+                # A new file may get the number of the one that was deleted just before, and one that was emptied keeps
+                # it; the first line, which has the time in it, tells.
+                head = file.read(_HEAD)
+                if not head.startswith(self._head):
+                    self._start()
+                    self._identity = identity
+                self._head = head
                 file.seek(self._offset)
                 while chunk := file.read(_CHUNK):
                     self._offset += len(chunk)
@@ -165,6 +174,8 @@ class Tail:
         key = (fields.get("run") or self._path.stem, int(fields.get("rank") or 0))
         known = key in self.runs
         self._run = run = self.runs.setdefault(key, Watched(*key))
+        if known and fields.get("continued"):  # another monitor had written to the file in between
+            return
         run.resumed = known
         run.began = run.began or time
         run.newest, run.succeeded, run.ended = time, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +19,9 @@ from gradmon_integrations.display.words import duration, one_line
 from gradmon_integrations.watch.runs import Watched
 
 _FIXED, _COLUMN = 39, 20
+_STATE, _NAME = 18, 12
+_NUMBERS = 34
+"""The columns of the step and of the two times, and what is between the columns."""
 _HEADS = ("run", "state", "step", "newest", "began", "model")
 _ALWAYS = ("learning_rate", "batch_size", "monitor_overhead")
 
@@ -46,7 +50,7 @@ def frame(
     alerts = alerts_table(histories)
     if rows is not None and len(console.render_lines(alerts)) > rows // 3:
         alerts = alerts_table(histories, brief=True)
-    above = Group(head, "", _list(runs, now, silence), "", alerts, "")
+    above = Group(head, "", _list(runs, now, silence, console.width), "", alerts, "")
     metrics = _metrics(detailed)
     if not metrics:
         return above
@@ -59,10 +63,15 @@ def frame(
     return Group(above, table, below) if told else Group(above, table)
 
 
-def _list(runs: Sequence[Watched], now: float, silence: float) -> Table:
+def _list(runs: Sequence[Watched], now: float, silence: float, width: int) -> Table:
     table = Table.grid(padding=(0, 2))
-    for name in _HEADS:
-        table.add_column(no_wrap=name != "state", overflow="ellipsis")
+    state = min(_STATE, max(len(one_line(run.state(now, silence)[0])) for run in runs))
+    # Where names are long they are cut, and not what is to be known of the run.
+    room = width - state - _NUMBERS
+    name = max(3, min(max(cell_len(one_line(run.label)) for run in runs), max(_NAME, room - _NAME)))
+    most = {"run": name, "model": max(1, room - name)}
+    for head in _HEADS:
+        table.add_column(no_wrap=head != "state", overflow="ellipsis", max_width=most.get(head))
     table.add_row(*(Text(name, style="dim") for name in _HEADS))
     for run in runs:
         state, good = run.state(now, silence)
