@@ -200,6 +200,17 @@ def check_monitor(
         raise ArgumentError("example_dim", "be an integer of at least 0, or None", example_dim)
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is a string, a boolean, or a number that a sink can write: not an integer beyond all floats."""
+    if not isinstance(value, Real):
+        return isinstance(value, str)
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
+
+
 def check_hparams(hparams: object) -> None:
     """Check what describes a run.
 
@@ -209,5 +220,5 @@ def check_hparams(hparams: object) -> None:
     if hparams is None:
         return
     held: Mapping[Any, Any] = cast(Any, hparams) if isinstance(hparams, Mapping) else {None: None}
-    if not all(isinstance(name, str) and isinstance(value, (str, Real)) for name, value in held.items()):
+    if not all(isinstance(name, str) and _is_plain(value) for name, value in held.items()):
         raise ArgumentError("hparams", "map names to numbers, strings or booleans", repr(cast(Any, hparams)))

@@ -188,9 +188,7 @@ class Publisher:
         """The rules that look at readings of a name; those that do not say what they look at get everything."""
         found: list[Rule] = []
         for rule in self._rules:
-            names = getattr(rule, "listens", None)
-            layers = getattr(rule, "layered", True)
-            if (names is None or name in names) and (whole or layers):
+            if self._failures.guard(f"alert {rule.name}", lambda rule=rule: _listens(rule, name, whole), False):
                 found.append(rule)
         self._listening[name, whole] = found
         return found
@@ -252,6 +250,12 @@ class Publisher:
         for alert in alerts:  # sinks that show what fires have not heard of them in this process
             self._to_sinks(lambda sink, still=alert: sink.alert(still) if _shows(sink) else None)
         self._readings = {name: Reading(**_fields(reading)) for name, reading in state["readings"].items()}
+
+
+def _listens(rule: Rule, name: str, whole: bool) -> bool:
+    """Whether a rule looks at readings of a name, of the whole model or of layers."""
+    names = getattr(rule, "listens", None)
+    return (names is None or name in frozenset(names)) and (whole or bool(getattr(rule, "layered", True)))
 
 
 def _shows(sink: Sink) -> bool:

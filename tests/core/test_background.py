@@ -315,7 +315,7 @@ def test_a_resumed_run_that_was_killed_has_no_end(tmp_path):
     assert read_runs(path)[0].succeeded is True
 
 
-@pytest.mark.parametrize("hparams", [{"a": [1]}, {1: 2}, "a", {"a": None}])
+@pytest.mark.parametrize("hparams", [{"a": [1]}, {1: 2}, "a", {"a": None}, {"a": 10**400}])
 def test_hparams_are_checked(hparams):
     with pytest.raises(gradmon.ArgumentError, match=r"`hparams` must map names to numbers, strings or booleans\. Got"):
         watched(hparams=hparams)
@@ -489,3 +489,22 @@ def test_plain_values_of_numpy_describe_a_run_too():
 class Described(MemorySink):
     def describe(self, info):
         self.info = dict(info)
+
+
+def test_a_rule_that_cannot_say_what_it_looks_at_harms_nobody():
+    class Odd:
+        name = "odd"
+
+        @property
+        def listens(self):
+            raise ValueError("boom")
+
+        def __call__(self, reading):
+            return None
+
+    failures, sink = Failures(), MemorySink()
+    publisher = Publisher([Odd(), Above("loss", 0.5)], failures)
+    publisher.open(sink, "run", 0)
+    publisher.publish([reading()])
+    assert [found.rule for found in sink.alerts] == ["loss_high"]
+    assert failures == {"alert odd": 1}
