@@ -94,10 +94,8 @@ class Session:
         """
         self._parts = []
         self.exit.close()
-        if error is None:
-            self.monitor.close()
-        else:
-            self.monitor.__exit__(type(error), error, error.__traceback__)
+        # Not `close`, which would look for an exception that is on its way: a trainer ends by some of its own.
+        self.monitor.__exit__(*((None, None, None) if error is None else (type(error), error, error.__traceback__)))
 
 
 def abandoned(session: Session) -> None:
