@@ -325,8 +325,8 @@ class Monitor:
     def close(self) -> None:
         """Detach from model and optimizer, and close the sinks: the run has come to its end.
 
-        Called while an exception is on its way, as in a ``finally:``, it says that the run has failed.
-        Waits until the sinks have taken what they were given, but a minute at most. A second call does nothing.
+        While an exception is on its way, as in a ``finally:``, it says that the run has failed. It waits until the
+        sinks have taken what they were given, but a minute at most. A second call does nothing.
         """
         self._close(ended_well(sys.exc_info()[1], self._around))
 
@@ -349,8 +349,8 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as if it had not been interrupted, as plain types.
 
-        The direction that is tracked has as many numbers as the model; a probed step that waits for the next batch
-        some times as many. A metric of the caller's that waits with other evidence than the step's is not part of it.
+        The tracked direction has as many numbers as the model; a step that waits for the next batch some times as many.
+        A metric of the caller's that waits with other evidence than the step's is not part of it.
         """
         if self._disabled:
             return {}
