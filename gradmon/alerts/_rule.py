@@ -111,8 +111,15 @@ class Switching(ABC):
         message, blame = found.message(), () if firing else reading.blame
         if blame:
             message += f" Mostly in {', '.join(f'`{name}`' for name in blame)}."
-        remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(reading, dict(self._known))
+        remedy = self.remedy if isinstance(self.remedy, str) else self._advice(self.remedy, reading)
         return Alert(self.name, self.severity, state, reading.value, reading.step, layer, message, remedy, blame)
+
+    def _advice(self, remedy: Callable[[Reading, Mapping[str, float]], str], reading: Reading) -> str:
+        """What a remedy says; that it fails is no reason to lose the alert."""
+        try:
+            return str(remedy(reading, dict(self._known)))
+        except Exception as error:
+            return f"The rule's remedy failed: {type(error).__name__}: {error}"
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""

@@ -200,18 +200,27 @@ def read_runs(path: str | os.PathLike[str]) -> list[RunLog]:
         info: dict[str, Any] = {**log.info, **head.get("info", {})}
         end: dict[str, Any] = head.get("end", {})
         log = log._replace(info=info, succeeded=end.get("succeeded"), ended=end.get("time"))
-        _rewind(log, [reading.step for reading in readings if reading.step is not None])
+        _rewind(log, readings)
         log.readings.extend(readings)
         log.alerts.extend(alerts)
         found[key] = log
     return list(found.values())
 
 
-def _rewind(log: RunLog, steps: Sequence[int]) -> None:
+def _rewind(log: RunLog, newer: Sequence[Reading]) -> None:
     """Forget what a run that goes on from an earlier step had said of later ones: that part has been given up."""
+    steps = [reading.step for reading in newer if reading.step is not None]
     if steps:
-        first = min(steps)  # with it come numbers that had waited for the next batch
-        log.readings[:] = [reading for reading in log.readings if reading.step is None or reading.step <= first]
+        first = min(steps)
+        # Its first may only be what had waited for the next batch: the rest of that step was not made anew.
+        anew = {(reading.name, reading.layer) for reading in newer if reading.step == first}
+        log.readings[:] = [
+            reading
+            for reading in log.readings
+            if reading.step is None
+            or reading.step < first
+            or (reading.step == first and (reading.name, reading.layer) not in anew)
+        ]
         log.alerts[:] = [alert for alert in log.alerts if alert.step is None or alert.step < first]
 
 

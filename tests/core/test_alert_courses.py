@@ -319,3 +319,9 @@ def test_a_lasting_change_becomes_the_new_level():
 def test_drift_is_quiet_where_nothing_says_how_far_is_far():
     """A loss with a margin: most gradients are exactly zero."""
     assert states(rule_named("exploding"), of("grad_norm", [0.0, 0.0, 0.3] * 30)) == []
+
+
+def test_an_alert_is_not_lost_because_its_remedy_fails():
+    rule = Above("loss", 1.0, remedy=lambda reading, known: str(1 / 0))
+    alert = rule(Reading("loss", 2.0))
+    assert (alert.state, alert.remedy) == ("firing", "The rule's remedy failed: ZeroDivisionError: division by zero")

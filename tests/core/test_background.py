@@ -286,7 +286,7 @@ def test_runs_are_read_with_what_describes_them_and_how_they_ended(tmp_path):
     first, second = read_runs(path)
     assert (first.run, first.rank, second.run) == ("a", 0, "b")
     # What went on from the beginning has given up what was there before.
-    assert [r.step for r in first.readings if r.name == "loss"] == [1, 1]
+    assert [r.step for r in first.readings if r.name == "loss"] == [1]
     assert first.succeeded is True
     assert first.time < first.ended < time.time()
     assert first.info["dataset"] == "made up"
@@ -340,7 +340,7 @@ def test_what_a_resumed_run_gave_up_is_not_its_end(tmp_path):
             sink.alert(alert(10))
         sink.close()
     (run,) = read_runs(path)
-    assert [(r.step, r.value) for r in run.readings if r.step > 5] == [(6, 9.0), (6, 1.0), (7, 1.0), (8, 1.0)]
+    assert [(r.step, r.value) for r in run.readings if r.step > 5] == [(6, 1.0), (7, 1.0), (8, 1.0)]
     assert run.alerts == []
 
 
@@ -508,3 +508,18 @@ def test_a_rule_that_cannot_say_what_it_looks_at_harms_nobody():
     publisher.publish([reading()])
     assert [found.rule for found in sink.alerts] == ["loss_high"]
     assert failures == {"alert odd": 1}
+
+
+def test_what_had_waited_for_the_next_batch_joins_its_step(tmp_path):
+    path = tmp_path / "run.jsonl"
+    for given in ([reading(1.0, 5), reading(1.0, 6)], [reading(2.0, 5, "step_share"), reading(2.0, 6)]):
+        sink = JsonlSink(path)
+        sink.bind("run", 0)
+        sink.write(given)
+        sink.close()
+    (run,) = read_runs(path)
+    assert [(r.name, r.step, r.value) for r in run.readings] == [
+        ("loss", 5, 1.0),
+        ("step_share", 5, 2.0),
+        ("loss", 6, 2.0),
+    ]
