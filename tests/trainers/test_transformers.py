@@ -38,6 +38,11 @@ pytestmark = [
 VOCABULARY, LENGTH = 13, 6
 
 
+@pytest.fixture(autouse=True)
+def no_precision_of_another_test(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)  # to which the arguments of a Trainer leave theirs
+
+
 @pytest.fixture(scope="module")
 def watching():
     return importlib.import_module("gradmon_integrations.callbacks.transformers")

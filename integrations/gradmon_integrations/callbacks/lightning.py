@@ -38,6 +38,12 @@ _PACKAGES = _packages()
 _Base: Any = type("_Base", tuple(package.Callback for package in _PACKAGES), {})
 
 
+def _for_both(kind: type) -> type:
+    """A class of callbacks that is also one of the package that has been imported since."""
+    missing = [base for package in _packages() if not issubclass(kind, base := package.Callback)]
+    return type(kind.__name__, (kind, *missing), {"__module__": kind.__module__}) if missing else kind
+
+
 class GradmonCallback(_Base):
     """Watches the gradient during `Trainer.fit`.
 
@@ -67,6 +73,10 @@ class GradmonCallback(_Base):
     Example:
         ``Trainer(callbacks=[GradmonCallback(sinks="tensorboard:runs/first")]).fit(module)``
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> GradmonCallback:
+        """Make one that each of the packages in use takes for its own."""
+        return object.__new__(_for_both(cls))
 
     def __init__(
         self,
