@@ -60,6 +60,18 @@ def callback():
     return importlib.import_module("gradmon_integrations.callbacks.lightning").GradmonCallback
 
 
+def test_a_package_that_is_imported_later_takes_the_callback_for_its_own():
+    packages = [importlib.import_module(name) for name in ("lightning.pytorch", "pytorch_lightning")]
+    module = importlib.import_module("gradmon_integrations.callbacks.lightning")
+    for first, later in (packages, packages[::-1]):
+        early = type("Early", (first.Callback,), {})
+        assert not issubclass(early, later.Callback)
+        made = module._for_both(early)
+        assert issubclass(made, early)
+        assert issubclass(made, later.Callback)
+        assert module._for_both(made) is made
+
+
 def module_of(pl, model=None, loss=mse, optimizer=momentum, **methods):
     """A Lightning module around a model."""
 
