@@ -52,7 +52,7 @@ def main(run: str, port: int, folder: Path, ill: bool) -> None:
         loss,
         metrics=[*METRICS] if ill else "default",
         layers=True,
-        schedule=every(4 if ill else 20),
+        schedule=every(4 if ill else 40),
         run=run,
         hparams={"flavour": "ill" if ill else "healthy"},
         sinks=PrometheusSink(port),
