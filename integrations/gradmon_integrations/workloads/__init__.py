@@ -1,0 +1,1 @@
+"""Reference workloads: published training methods that change what gradmon measures, watched by it."""

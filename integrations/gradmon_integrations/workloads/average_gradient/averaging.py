@@ -1,0 +1,86 @@
+"""The average gradient of one step: the graph of its loss, and the slopes that later calls of the closure give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradmon_integrations.workloads.average_gradient.keeping import Buffers
+from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
+from gradmon_integrations.workloads.average_gradient.recording import Recorder, Replayer, Table
+
+
+class Averaging:
+    """A loss with its graph, and the closure that it came from.
+
+    Args:
+        closure: Computes the loss.
+        loss: The loss at the weights before the step, with its graph, of which one backward pass was taken.
+        recorder: What the closure called for it.
+        table: What is watched.
+        random: The random states that it began with.
+        buffers: The buffers that it began with.
+        news: Whether modules may be called whose buffers are not known yet.
+    """
+
+    def __init__(
+        self,
+        closure: Callable[[], Tensor],
+        loss: Tensor,
+        recorder: Recorder,
+        table: Table,
+        random: RandomStates,
+        buffers: Buffers,
+        news: bool,
+    ) -> None:
+        self.loss = loss
+        self._closure, self._calls, self._table = closure, recorder.calls, table
+        self._random, self._buffers, self._news = random, buffers, news
+
+    def prepare(self) -> bool:
+        """Make the graph ready for slopes; whether inputs or outputs had to be found again, since they were changed."""
+        averaged = [call for call in self._calls if call.averaged]
+        written = any(call.written for call in averaged)
+        if written:
+            after = RandomStates(all_kinds=True)
+            self.replay(restoring=True)
+            after.restore()
+        for call in averaged:
+            call.attach()
+        return written
+
+    def replay(self, *, restoring: bool = False) -> Tensor:
+        """Call the closure again, at the weights as they are now; it gives the slopes.
+
+        Args:
+            restoring: Whether to take from it what the first call was given, instead.
+
+        Returns:
+            The loss there.
+        """
+        self._random.restore()
+        replayer = Replayer(self._table, self._calls, restoring=restoring)
+        with self._buffers.apart(exploring=self._news), torch.no_grad(), replayer:
+            loss = self._closure()
+        replayer.finish()
+        return loss
+
+    def gradient(self, parameters: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+        """The gradient with the slopes of the last replay.
+
+        Args:
+            parameters: With respect to these, at the weights before the step.
+            last: Whether the graph is not needed any more.
+
+        Returns:
+            One tensor per parameter.
+        """
+        return torch.autograd.grad(self.loss, parameters, retain_graph=not last)
+
+
+def place(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Let parameters have other values, without a copy, and without autograd's taking notice."""
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.data = value

@@ -1,0 +1,120 @@
+"""A call of a watched function, and what takes its derivative's place when the graph is run backwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradmon_integrations.workloads.average_gradient.midpoint import Midpoint
+from gradmon_integrations.workloads.average_gradient.slopes import NEAR, Form, secant
+
+
+class Call:
+    """One call of a watched function.
+
+    Attributes:
+        form: What was called.
+        shape: Of its input.
+        options: Its other arguments, without tensors.
+        weight: The weight of a linear function.
+        x: Its input, as it was then; None where no slope is wanted.
+        y: Its output, likewise.
+        versions: Of the two, to see whether somebody wrote into them later.
+        inner: The node that the gradient of x leaves.
+        outer: The node that the gradient of y enters; the same one for a function with a node of its own.
+        slope: What stands for the derivative; None while that does itself.
+        near: Where the derivative stands for itself even so.
+        received: The gradient of y, on its way from `outer` to `inner`.
+        middle: For a linear function, its Jacobians at the midpoint, if those are wanted.
+    """
+
+    __slots__ = (
+        "form",
+        "inner",
+        "middle",
+        "near",
+        "options",
+        "outer",
+        "received",
+        "shape",
+        "slope",
+        "versions",
+        "weight",
+        "x",
+        "y",
+    )
+
+    def __init__(self, form: Form, shape: torch.Size, options: tuple[Any, ...], weight: Tensor | None) -> None:
+        self.form, self.shape, self.options, self.weight = form, shape, options, weight
+        self.x: Tensor | None = None
+        self.y: Tensor | None = None
+        self.versions = (0, 0)
+        self.inner: Any = None
+        self.outer: Any = None
+        self.middle: Midpoint | None = None
+        self.slope: Tensor | None = None
+        self.near: Tensor | None = None
+        self.received: Tensor | None = None
+
+    def keep(self, x: Tensor, y: Tensor) -> None:
+        """Keep input and output."""
+        # A leaf may be a parameter, which is about to have other values.
+        self.x, self.y, self.versions = x.detach() if x.is_leaf else x, y, (x._version, y._version)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether something is put in the place of its derivative."""
+        return self.inner is not None or self.middle is not None
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody has written into what was kept."""
+        return self.x is not None and self.y is not None and (self.x._version, self.y._version) != self.versions
+
+    def attach(self) -> None:
+        """Put the slope in the derivative's place whenever the graph is run backwards from now on."""
+        if self.middle is not None:
+            self.middle.attach()
+        elif self.inner is not None:
+            self._attach()
+
+    def _attach(self) -> None:
+        if self.inner is self.outer:
+            self.inner.register_hook(self._replace)
+        else:
+            self.outer.register_hook(self._receive)
+            self.inner.register_hook(self._replace)
+
+    def _receive(self, inputs: Any, outputs: Any) -> None:
+        self.received = outputs[0]
+
+    def _replace(self, inputs: Any, outputs: Any) -> Any:
+        slope, near = self.slope, self.near
+        arriving = outputs[0] if self.inner is self.outer else self.received
+        if slope is None or near is None or arriving is None or inputs[0] is None:
+            return None
+        return (torch.where(near, inputs[0], slope.mul_(arriving)),)
+
+    def between(self, x_after: Tensor, y_after: Tensor) -> None:
+        """Note the slope from the input and output that were kept to those after the step."""
+        x, y, slope = self.x, self.y, self.form.slope
+        if x is None or y is None or slope is None:
+            return
+        if slope is secant:
+            # The same numbers as `secant`, with one difference of the inputs for both purposes.
+            moved = torch.sub(x_after, x)
+            self.slope = torch.sub(y_after, y).div_(moved)
+            self.near = moved.abs_().le(NEAR)
+        else:
+            self.slope = slope(x, y, x_after, y_after).clone()
+            self.near = torch.sub(x_after, x).abs_().le(NEAR)
+
+    def release(self) -> None:
+        """Let go of all tensors and nodes, which refer to each other in a circle."""
+        self.x = self.y = self.slope = self.near = self.received = self.weight = None
+        self.inner = self.outer = None
+        if self.middle is not None:
+            self.middle.release()
+            self.middle = None
