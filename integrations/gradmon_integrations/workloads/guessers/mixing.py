@@ -1,0 +1,58 @@
+"""Activation mixing: guesses in the span of the batch's own activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from gradmon._errors import Unavailable
+from gradmon_integrations.workloads.guessers.guesser import Needs
+from gradmon_integrations.workloads.guessers.noise import Kind, Noise, check_kind
+from gradmon_integrations.workloads.guessers.recording import Site
+
+
+@dataclass(frozen=True)
+class ActivationMixing:
+    """``y_b = M_b sum_j alpha_bj a_j``, scaled to length 1 over all layers (arXiv 2312.04709, section 2).
+
+    a_j is the post-activation of example j at the same layer, and alpha is drawn independently for each example and
+    layer.
+    Gradients lie close to the span of the activations. Biased: it sees ``M A^T A M g``. Unscaled it grows with the
+    activations and diverges.
+
+    Args:
+        normalized: Whether the guess of each example is scaled to length 1 over all layers.
+        noise: What alpha is drawn from.
+
+    Raises:
+        ArgumentError: `noise` is no kind of noise.
+    """
+
+    normalized: bool = True
+    noise: Kind = "normal"
+
+    def __post_init__(self) -> None:
+        check_kind(self.noise)
+
+    @property
+    def needs(self) -> Needs:
+        """The post-activations."""
+        return "values"
+
+    @property
+    def overall(self) -> bool:
+        """Scaled, unless it is told otherwise."""
+        return self.normalized
+
+    def guess(self, site: Site, noise: Noise) -> Tensor:
+        """A random combination of the batch's post-activations for each example.
+
+        Raises:
+            Unavailable: They were not recorded.
+        """
+        if site.value is None:
+            raise Unavailable("no post-activations were recorded")
+        alpha = noise.draw((site.shape[0], site.shape[0]), site.like, self.noise)
+        mixed = (alpha @ site.value.reshape(site.shape[0], -1)).reshape(site.shape)
+        return mixed if site.slope is None else mixed * site.slope
