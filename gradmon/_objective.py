@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,8 +17,9 @@ from gradmon._errors import ArgumentError, Unavailable
 from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import Sandbox
 from gradmon._snapshot import RandomState, modules_behind
-from gradmon._tensors import ran_out
+from gradmon._tensors import ran_out, working
 from gradmon._types import Batch, Loss, Reduction
+from gradmon.team import Team
 
 
 class Gradient(NamedTuple):
@@ -45,6 +47,7 @@ class Objective:
         reduction: How one value per example becomes the batch loss.
         base: The weights w, one tensor per parameter; None for the model's own.
         random: The random states that every pass starts from; None for those found on entry.
+        team: The ranks over whose batches the loss is the mean; None for this process alone.
 
     Raises:
         ArgumentError: `loss`, `batch` or `reduction` is not what it must be.
@@ -59,6 +62,7 @@ class Objective:
         reduction: Reduction = "mean",
         base: Sequence[Tensor] | None = None,
         random: RandomState | None = None,
+        team: Team | None = None,
     ) -> None:
         if not callable(loss):
             raise ArgumentError("loss", "be callable as loss(model, batch)", type(loss).__name__)
@@ -71,6 +75,7 @@ class Objective:
         self.reduction: Reduction = reduction
         self.base = list(base) if base is not None else [parameter.data for parameter in weights.parameters]
         self.examples = example_count(batch)
+        self.team = team
         self.epsilon = weights.epsilon
         self.sandbox = Sandbox(self.model, weights.parameters, list(modules_behind(loss)), random)
 
@@ -82,6 +87,11 @@ class Objective:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.sandbox.__exit__(kind, error, trace)
+
+    @property
+    def total(self) -> int:
+        """The number of examples of the whole batch, on all ranks."""
+        return self.examples if self.team is None else self.team.total
 
     def at(self, values: Sequence[Tensor] | None = None) -> contextlib.AbstractContextManager[None]:
         """A context in which the parameters have these values, and a pass starts as every other."""
@@ -110,16 +120,64 @@ class Objective:
 
     def gradient(self, values: Sequence[Tensor] | None = None, batch: Batch | None = None) -> Gradient:
         """The gradient at some weights (the base ones if None), on the batch or another one."""
-        with self.at(values):
-            loss = self.evaluate(self.copied(batch))
-            return self.collect(loss, self.differentiate(loss))
+
+        def own() -> Gradient:
+            with self.at(values):
+                loss = self.evaluate(self.copied(batch))
+                return self.collect(loss, self.differentiate(loss))
+
+        return own() if self.team is None else self.averaged(self.team, "gradient", own)[0]
 
     def gauge(self) -> Gradient:
         """The gradient at the base weights; `epsilon` becomes that of the coarsest type that is met on the way."""
-        with self.at():
-            with self.noting():
-                loss = self.evaluate()
-            return self.collect(loss, self.differentiate(loss))
+
+        def own() -> Gradient:
+            with self.at():
+                with self.noting():
+                    loss = self.evaluate()
+                return self.collect(loss, self.differentiate(loss))
+
+        return own() if self.team is None else self.averaged(self.team, "gauge", own)[0]
+
+    def averaged(
+        self,
+        team: Team,
+        work: str,
+        make: Callable[[], Gradient],
+        say: Callable[[], dict[str, Any]] | None = None,
+    ) -> tuple[Gradient, list[dict[str, Any]]]:
+        """The mean over the ranks of what each finds, and what each says of it.
+
+        Args:
+            team: The ranks.
+            work: What this is.
+            make: This rank's own gradient.
+            say: What else to tell the others; asked for after it.
+
+        Raises:
+            Unavailable: There is none on some rank.
+            RankError: It failed on some rank.
+        """
+
+        def flat() -> tuple[Gradient, Tensor]:
+            own = make()
+            return own, working(self.weights.flatten(own.parts))
+
+        (own, vector), heard = team.together(
+            work,
+            flat,
+            lambda made: {
+                "loss": made[0].loss,
+                "unused": sorted(made[0].unused),
+                "epsilon": self.epsilon,
+                **({} if say is None else say()),
+            },
+        )
+        self.epsilon = max(other["epsilon"] for other in heard)
+        losses = [other["loss"] for other in heard]
+        loss = math.fsum(losses) / team.size if all(map(math.isfinite, losses)) else sum(losses)
+        unused = own.unused.intersection(*(other["unused"] for other in heard))
+        return Gradient(loss, self.weights.unflatten(team.mean(vector)), unused), heard
 
     @contextlib.contextmanager
     def noting(self) -> Generator[None]:
@@ -140,6 +198,18 @@ class Objective:
         Raises:
             Unavailable: Some function of the model has no second derivative.
             RuntimeError: The second pass does not fit into memory; on a device an `OutOfMemoryError`.
+        """
+        if self.team is None:
+            return self._product(direction)
+        flat = self.team.together("product", lambda: working(self.weights.flatten(self._product(direction))))[0]
+        return self.weights.unflatten(self.team.mean(flat))
+
+    def _product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """This process's own product.
+
+        Raises:
+            Unavailable: Some function of the model has no second derivative.
+            RuntimeError: The second pass does not fit into memory.
         """
         from torch.nn.attention import SDPBackend, sdpa_kernel
 

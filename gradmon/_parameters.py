@@ -32,9 +32,16 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def wrapper_of(model: nn.Module) -> nn.Module:
+    """The `DistributedDataParallel` that a model is wrapped in, also where this is compiled; else the model itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.parallel.DistributedDataParallel) else model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside a `DistributedDataParallel`, whose forward pass talks to other ranks; else the model itself."""
-    return model.get_submodule("module") if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    wrapper = wrapper_of(model)
+    return wrapper.get_submodule("module") if isinstance(wrapper, nn.parallel.DistributedDataParallel) else model
 
 
 def check_trains(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -72,6 +79,7 @@ class Weights:
         for parameter in self.parameters:
             dtype = torch.promote_types(dtype, parameter.dtype)
         self.dtype = dtype
+        self.element_size = dtype.itemsize
         # The coarsest type decides how far a difference of gradients can be trusted.
         self.epsilon = max(torch.finfo(parameter.dtype).eps for parameter in self.parameters)
         self.picks = None if picks is None else [picks[name].to(self.device) for name in self.names]
@@ -109,6 +117,13 @@ class Weights:
         if self.picks is None:
             return vector
         return torch.cat([part[pick] for part, pick in zip(self._pieces(vector), self.picks, strict=True)])
+
+    def pick_columns(self, rows: Tensor) -> Tensor:
+        """The coordinates that are looked at of rows over all of w, (n, P) -> (n, k)."""
+        if self.picks is None:
+            return rows
+        parts = torch.split(rows, self.sizes, dim=1)
+        return torch.cat([part[:, pick] for part, pick in zip(parts, self.picks, strict=True)], dim=1)
 
     def pick_one(self, position: int, rows: Tensor) -> Tensor:
         """The coordinates that are looked at of rows that belong to one parameter, (n, numel) -> (n, k_t)."""

@@ -82,6 +82,20 @@ class Mask:
         picks = {name: [int(place) for place in pick] for name, pick in self._picks.items()}
         return {"fraction": self.fraction, "seed": self.seed, "picks": picks}
 
+    @staticmethod
+    def restored(state: Mapping[str, Any] | None, model: nn.Module) -> Mask | None:
+        """The mask that was saved, for a model; None where there was none.
+
+        Raises:
+            ArgumentError: It does not fit the model.
+        """
+        if state is None:
+            return None
+        mask = Mask(state["fraction"], state["seed"])
+        mask.load_state_dict(state)
+        mask.picks(model)
+        return mask
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become the mask that was saved."""
         self.fraction, self.seed = float(state["fraction"]), int(state["seed"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,33 +11,35 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from gradmon._batches import example_count
-from gradmon._errors import ArgumentError, GradmonError
-from gradmon._parameters import check_trains, trainable
+from gradmon._errors import ArgumentError
+from gradmon._parameters import trainable
 from gradmon._reading import Alert, Reading
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.alerts import Rule
+from gradmon.circumstances import circumstances, missing, troubles
 from gradmon.describing import described
-from gradmon.masks import Mask, as_mask, check_seed
+from gradmon.lockstep import Lockstep, find_team
+from gradmon.masks import Mask, as_mask
 from gradmon.metrics import Metric
 from gradmon.observers import ActiveObserver, Observer, PassiveObserver, Setting
 from gradmon.options import (
-    check_hparams,
+    asked_alike,
+    check_described,
     check_input_module,
     check_monitor,
     check_options,
-    check_rules,
     choose_monitored,
 )
 from gradmon.pacing import Pacer
 from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import WeightSampler
-from gradmon.probes import Memory, StepWatch, learning_rates
+from gradmon.probes import Memory, StepWatch, Taken, learning_rates
 from gradmon.publishing import Failures, OnAlert, Publisher, ended_well
 from gradmon.reading import Pending, Reader
 from gradmon.schedules import Schedule, budget, every
 from gradmon.sinks import Sink
+from gradmon.team import Group, Unsharded, is_sharded
 
 _SAMPLED = 0.05
 """The part of the coordinates that is looked at unless it is said otherwise."""
@@ -67,7 +68,7 @@ class Monitor:
             without `loss` only for `gradient_snr`, because the examples' inner products come cheaper whole.
         seed: The seed of mask and samplers.
         run: The run's name, for sinks that label what they write.
-        rank: This process's rank, likewise.
+        rank: This process's rank, likewise; None for its place in `group`.
         sinks: Sinks, or strings such as ``"jsonl:run.jsonl"``, ``"tensorboard:runs/mlp"``, ``"prometheus:9464"``.
         alerts: ``"default"``, or rules.
         on_alert: What else to do about an alert that starts or stops to fire: ``"log"`` it, to the logger ``gradmon``;
@@ -89,6 +90,9 @@ class Monitor:
         max_memory: The most bytes to hold at a time for the examples' gradients, beside what the training itself holds.
         example_dim: Without a `loss`: the dimension of the tensors that the model is called with that holds the
             examples; None for the first, and refused where that is not clear.
+        group: The processes that train the model together: their examples are one batch, and the first alone writes. A
+            `ProcessGroup`, None for this one alone, or ``"auto"``: as `DistributedDataParallel` or ``fully_shard`` say.
+        group_timeout: How many seconds to wait for the other processes, before each goes on alone.
 
     Raises:
         ArgumentError: An argument is not what it must be.
@@ -119,7 +123,7 @@ class Monitor:
         mask: Mask | float | Literal["default"] | None = "default",
         seed: int = 0,
         run: str = "run",
-        rank: int = 0,
+        rank: int | None = None,
         sinks: Sink | str | Iterable[Sink | str] | None = None,
         alerts: Literal["default"] | Iterable[Rule] | None = "default",
         on_alert: OnAlert = "log",
@@ -134,23 +138,23 @@ class Monitor:
         rules: Rules | None = None,
         max_memory: int = 1 << 28,
         example_dim: int | None = None,
+        group: Group = "auto",
+        group_timeout: float = 300.0,
     ) -> None:
-        self.run, self.rank = run, rank
+        self.run, self.rank = run, rank or 0
         self._around = sys.exc_info()[1]
         self.failures = Failures(run)
         self._step = 0
         self._watch: StepWatch | None = None
+        self._lockstep: Lockstep | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
         self._publisher = Publisher(None if self._disabled else alerts, self.failures, on_alert)
         if self._disabled:
             return
         check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
-        check_seed(seed)
-        if optimizer is not None:
-            check_trains(optimizer, trainable(model).values())
-        check_monitor(loss, reduction, schedule, run, rank, max_memory, example_dim)
-        check_rules(rules)
-        check_hparams(hparams)
+        check_monitor(model, optimizer, loss, reduction, schedule, run, rank, max_memory, example_dim, group_timeout)
+        check_described(seed, rules, hparams)
+        schedule = every(50) if schedule is None else schedule
         chosen = as_mask(_SAMPLED if mask == "default" else mask, seed)
         if chosen is not None:
             chosen.picks(model)
@@ -161,12 +165,16 @@ class Monitor:
             model,
             optimizer,
             passive=loss is None,
-            schedule=every(50) if schedule is None else schedule,
+            schedule=schedule,
             mask=chosen,
             seed=seed,
             derivative=derivative,
             hparams=hparams or {},
         )
+        alike = asked_alike(info, metrics, chosen, micro_batches, max_memory)
+        team, place, refused = find_team(model, group, alike, group_timeout)
+        self.rank = place if rank is None else rank
+        self._publisher.writes = place == 0
         experience = Experience(rules=RULES if rules is None else rules, max_memory=max_memory)
         self._setting = Setting(
             model=model,
@@ -179,27 +187,30 @@ class Monitor:
             input_module=input_module,
             seed=seed,
             memory=Memory(experience, precise=False),
+            team=team,
+            unsharded=Unsharded(model) if is_sharded(model) else None,
+            refused=refused,
         )
         self._reader = Reader(self.failures, layers)
 
         def observe() -> Observer:
-            if loss is None:
+            if loss is None or refused is not None:
                 return PassiveObserver(self._setting, metrics, mask == "default", example_dim, self._reader)
             return ActiveObserver(self._setting, loss, reduction, self._reader)
 
         self._observe, self._observer = observe, observe()
         device = next(iter(trainable(model).values())).device
-        self._pacer = Pacer(every(50) if schedule is None else schedule, metrics, loss is None, device, self.failures)
+        self._pacer = pacer = Pacer(schedule, metrics, loss is None, device, self.failures, shared=team is not None)
+        if team is not None:
+            self._lockstep = Lockstep(team, pacer, self._reader, self._publisher, self._example_dim)
         if optimizer is not None:
             self._watch = StepWatch(optimizer, model, lambda: self._observer.keep(self._due), self.failures.note)
         self._due: list[Metric] = []
         self._plan()
         try:
-            self._publisher.open(sinks, run, rank, info)
+            self._publisher.open(sinks, run, self.rank, info)
         except BaseException:
-            if self._watch is not None:
-                self._watch.close()
-            self._observer.close()
+            self._close(False)
             raise
 
     @property
@@ -214,8 +225,8 @@ class Monitor:
 
     @property
     def should_stop(self) -> bool:
-        """Whether the training should end: a critical alert with ``on_alert="stop"``, or `stop`, asked for it."""
-        return self._publisher.should_stop
+        """Whether to end: a critical alert with ``on_alert="stop"``, or `stop`, asked for it; the same on all ranks."""
+        return self._publisher.should_stop if self._lockstep is None else self._lockstep.stops
 
     def stop(self) -> None:
         """Ask for the end of the training, as a function given as `on_alert` may want to; see `should_stop`."""
@@ -265,11 +276,20 @@ class Monitor:
 
     def _see(self, batch: Batch) -> None:
         """Look at the step that was taken, and finish what waited for it."""
-        pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
-        pacer.enter()
+        self._pacer.enter()
         taken = None if self._watch is None else self._watch.take()
         self._setting.rates = self._rates()
-        pending, observer.pending = observer.pending, None
+        pending, self._observer.pending = self._observer.pending, None
+        if self._lockstep is None:
+            self._publisher.publish(self._looked(batch, taken, pending))
+            return
+        with self._lockstep.round(self._step, batch, taken, self._due, pending) as apart:
+            none = None if apart is None else missing(self._due, self._step, pending, apart)
+            self._publisher.publish(self._looked(batch, taken, pending) if none is None else none)
+
+    def _looked(self, batch: Batch, taken: Taken | None, pending: Pending | None) -> list[Reading]:
+        """The readings of the step that was taken, and those that waited for it."""
+        pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
         readings: list[Reading] = []
         if pending is not None:
             lost = [metric for metric, _ in pending.waiting]
@@ -281,36 +301,18 @@ class Monitor:
         if due:
             pacer.begin()
             readings += reader.safely("probe", lambda: observer.look(self._step, batch, taken, due), due, self._step)
-            readings += pacer.readings(self._step, pacer.looked())
-            readings = [*self._circumstances(batch), *readings, *self._troubles()]
-        if readings:
-            self._publisher.publish(readings)
+            own = [*pacer.readings(self._step, pacer.looked()), *troubles(self._step, self.failures, self._publisher)]
+            around = circumstances(self._step, self._setting.rates, batch, self._example_dim)
+            if self._lockstep is not None:
+                around, own = self._lockstep.pooled(self._step, around), self._lockstep.alike(own)
+            readings = [*around, *readings, *own]
+        return readings
 
     def _rates(self) -> list[float]:
         """The learning rates of the step that was just taken."""
         if self._watch is None or self._optimizer is None:
             return []
         return self._watch.rates or learning_rates(self._optimizer)
-
-    def _circumstances(self, batch: Batch) -> list[Reading]:
-        """Learning rate and batch size; they come first, so that remedies can name them."""
-        readings: list[Reading] = []
-        if self._setting.rates:
-            readings.append(Reading("learning_rate", max(self._setting.rates), self._step))
-        try:
-            readings.append(Reading("batch_size", float(example_count(batch, self._example_dim)), self._step))
-        except GradmonError as error:
-            readings.append(Reading("batch_size", math.nan, self._step, reason=str(error)))
-        return readings
-
-    def _troubles(self) -> list[Reading]:
-        """What went wrong so far in the monitor itself."""
-        counts = {
-            "monitor_failures": sum(dict(self.failures).values()),
-            "sink_errors": self._publisher.sink_errors,
-            "sink_dropped": self._publisher.sink_dropped,
-        }
-        return [Reading(name, float(count), self._step) for name, count in counts.items()]
 
     def _plan(self) -> None:
         """See what is due in the coming step, and prepare for it."""
@@ -335,6 +337,8 @@ class Monitor:
             self._watch.close()
         if not self._disabled:
             self._observer.close()
+        if self._lockstep is not None:
+            self._lockstep.close()
         self._publisher.close(None if self._closed else succeeded)
         self._closed = True
 
@@ -382,13 +386,7 @@ class Monitor:
             raise ArgumentError("state", "be of version 2", state.get("version"))
         setting = self._setting
         self._step = int(state["step"])
-        if state["mask"] is not None:
-            mask = Mask(state["mask"]["fraction"], state["mask"]["seed"])
-            mask.load_state_dict(state["mask"])
-            mask.picks(setting.model)
-            setting.mask = mask
-        else:
-            setting.mask = None
+        setting.mask = Mask.restored(state["mask"], setting.model)
         setting.memory.load_state_dict(state["memory"])
         self._pacer.load_state_dict(state["pace"])
         self._reader.load_state_dict(state["failed"])

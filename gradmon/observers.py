@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from gradmon._errors import Unavailable
 from gradmon._evidence import BatchGradient, Step, StepPair
 from gradmon._objective import Objective
-from gradmon._parameters import Weights
+from gradmon._parameters import Weights, wrapper_of
 from gradmon._reading import Reading
 from gradmon._tensors import length, ran_out, wide
 from gradmon._types import Batch, Derivative, Loss, Reduction
@@ -37,6 +37,16 @@ from gradmon.probes import (
     step_evidence,
 )
 from gradmon.reading import Pending, Reader
+from gradmon.team import Team, Unsharded, gathered, passes_talk, without_talk
+
+_NORMS: frozenset[type] = frozenset({BatchGradient, Step, StepPair})
+"""What can be had of gradients and steps alone."""
+_UNLIKE = "weights or gradients differ from rank to rank: these do not train one model, or on gradients of their own"
+"""Why several ranks cannot be measured as one."""
+_SHARDED = (
+    "the model is sharded by fully_shard, so that its own passes cannot be listened to: give the monitor the loss"
+)
+"""Why there are no gradients of single examples."""
 
 
 @dataclass
@@ -54,6 +64,9 @@ class Setting:
         input_module: The module whose output is x; None to find x.
         seed: The seed of the samplers.
         memory: What is remembered from probe to probe.
+        team: The ranks that train the model; None for this process alone.
+        unsharded: The model, where each rank holds a part of its parameters; None where it holds all.
+        refused: Why only the norms can be had, or nothing where there is no team; None where everything can.
         rates: The learning rates of the step that is looked at.
     """
 
@@ -67,11 +80,18 @@ class Setting:
     input_module: nn.Module | str | None
     seed: int
     memory: Memory
+    team: Team | None = None
+    unsharded: Unsharded | None = None
+    refused: str | None = None
     rates: Sequence[float] = ()
 
     def layout(self) -> Weights:
         """The layout of `w`."""
         return Weights(self.model, None if self.mask is None else self.mask.picks(self.model))
+
+    def plain(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank holds the whole model."""
+        return without_talk(wrapper_of(self.model)) if self.unsharded is None else self.unsharded.plain()
 
 
 class Observer(Protocol):
@@ -132,23 +152,41 @@ class ActiveObserver:
 
     def prepare(self, watch: StepWatch | None, metrics: Sequence[Metric]) -> None:
         """See in the step after a probed one whether its gradient can be used as it is."""
-        if watch is not None and self.pending is not None and self.pending.plain:
+        if watch is not None and self._follows:
             watch.listen()
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the gradient of the next step may serve as that of the next batch after the step that waits."""
+        return self.pending is not None and self.pending.plain
 
     def keep(self, metrics: Sequence[Metric]) -> Keep:
         """The weights before a scheduled step; gradients where what compares with the next batch can use them."""
-        follows = self.pending is not None and self.pending.plain
         if not metrics:
-            return "both" if follows else "nothing"
-        return "both" if follows or any(StepPair in metric.needs for metric in metrics) else "weights"
+            return "both" if self._follows else "nothing"
+        # Of several ranks each would have to know that none of the others' gradients were changed.
+        pairs = self._setting.team is None and any(StepPair in metric.needs for metric in metrics)
+        return "both" if self._follows or pairs else "weights"
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         """What the passes show."""
+        with self._setting.plain():
+            return self._look(number, batch, taken, metrics)
+
+    def _look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         setting, layout = self._setting, self._setting.layout()
         setting.memory.begin()
         after = [parameter.detach() for parameter in layout.parameters]
-        before = after if taken is None or not taken.values else taken.values
-        with Objective(setting.model, self._loss, batch, layout, self._reduction, before) as objective:
+        before = after if taken is None or not taken.values else gathered(taken.values)
+        if (
+            setting.team is not None
+            and setting.memory.checks
+            and setting.team.differ("weights", list(map(length, before)))
+        ):
+            return [Reading(metric.name, math.nan, number, reason=_UNLIKE) for metric in metrics]
+        with Objective(
+            setting.model, self._loss, batch, layout, self._reduction, before, team=setting.team
+        ) as objective:
             scene = Scene(
                 objective,
                 PROBES,
@@ -201,6 +239,10 @@ class ActiveObserver:
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """One pass on the next batch, or two where its gradient after the step is not at hand."""
+        with self._setting.plain():
+            return self._finish(pending, batch, taken)
+
+    def _finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         try:
             return self._reader.complete(pending, self._pair(pending, batch, taken))
         except Exception as error:
@@ -218,17 +260,26 @@ class ActiveObserver:
 
     @staticmethod
     def _seen(scene: Scene, kinds: Sequence[type], waits: bool) -> list[Any]:
+        try:
+            return ActiveObserver._gathered(scene, kinds, waits)
+        except Exception as error:
+            if scene.objective.team is not None:
+                scene.objective.team.trouble(error)
+            raise
+
+    @staticmethod
+    def _gathered(scene: Scene, kinds: Sequence[type], waits: bool) -> list[Any]:
         if waits and StepPair in scene.memory.exhausted:
             raise Unavailable(scene.memory.exhausted[StepPair])
         return [scene.get(kind) for kind in kinds]
 
     def _pair(self, pending: Pending, batch: Batch, taken: Taken | None) -> StepPair:
-        layout = self._setting.layout()
+        setting, layout = self._setting, self._setting.layout()
         known = None
         if taken is not None and taken.plain and taken.gradients and taken.began_at(pending.after):
             known = taken.filled(layout)
         with Objective(
-            self._setting.model, self._loss, batch, layout, self._reduction, pending.before, pending.random
+            setting.model, self._loss, batch, layout, self._reduction, pending.before, pending.random, setting.team
         ) as objective:
             return across(pending.step, objective, pending.after, batch, known)
 
@@ -265,10 +316,13 @@ class PassiveObserver:
         self.pending: Pending | None = None
         needed = frozenset(kind for metric in metrics for kind in metric.needs)
         self._probe: PassiveProbe | None = None
-        if needed & LISTENED:
+        self._deaf = setting.refused or (None if setting.unsharded is None else _SHARDED)
+        if self._deaf is None and setting.team is not None:
+            self._deaf = passes_talk(setting.model)
+        if needed & LISTENED and self._deaf is None:
             self._probe = PassiveProbe(
                 setting.model, needed, None if whole else setting.mask, setting.mask, setting.micro_batches,
-                example_dim, setting.input_module, setting.memory,
+                example_dim, setting.input_module, setting.memory, setting.team, setting.mask if whole else None,
             )  # fmt: skip
 
     @property
@@ -292,24 +346,33 @@ class PassiveObserver:
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         """What the training has revealed."""
+        if self._setting.refused is not None and self._setting.team is None:
+            return [Reading(metric.name, math.nan, number, reason=self._setting.refused) for metric in metrics]
         layout = self._setting.layout()
         listened = any(LISTENED.intersection(metric.needs) for metric in metrics)
-        gathered = self._probe.gather(batch) if self._probe is not None and listened else {}
+        held = self._probe.gather(batch) if self._probe is not None and listened else {}
         step, finite = None, True
         if taken is not None:
-            gradients = taken.filled(layout)
-            seen = gradient_evidence(layout, taken.values, gradients, math.nan, 0)
-            after = [parameter.detach() for parameter in layout.parameters]
-            step = step_evidence(layout, taken.values, after, layout.pick(gradients), None, layout.epsilon)
-            gathered |= {BatchGradient: lambda: seen, Step: lambda: step}
+            gradients, before = gathered(taken.filled(layout)), gathered(taken.values)
+            seen = gradient_evidence(layout, before, gradients, math.nan, 0)
+            team = self._setting.team
+            if team is not None and team.differ("norms", [seen.gradient_norm, seen.parameter_norm]):
+                return [Reading(metric.name, math.nan, number, reason=_UNLIKE) for metric in metrics]
+            after = gathered([parameter.detach() for parameter in layout.parameters])
+            step = step_evidence(layout, before, after, layout.pick(gradients), None, layout.epsilon)
+            held |= {BatchGradient: lambda: seen, Step: lambda: step}
             finite = math.isfinite(seen.gradient_norm)
 
         def gather(kinds: tuple[type, ...]) -> list[Any]:
             if not finite:
                 raise Unavailable("non-finite gradient")
-            if any(kind not in gathered for kind in kinds):
+            if self._probe is None and not LISTENED.isdisjoint(kinds):
+                raise Unavailable(str(self._deaf))
+            if self._setting.refused is not None and not _NORMS.issuperset(kinds):
+                raise Unavailable(self._setting.refused)
+            if any(kind not in held for kind in kinds):
                 raise Unavailable("no optimizer step was taken")
-            return [gathered[kind]() for kind in kinds]
+            return [held[kind]() for kind in kinds]
 
         readings: list[Reading] = []
         waiting: list[tuple[Metric, list[Any]]] = []
@@ -328,7 +391,7 @@ class PassiveObserver:
         if taken is None:
             return []
         layout = self._setting.layout()
-        return self._reader.complete(pending, StepPair(pending.step, None, layout.pick(taken.filled(layout))))
+        return self._reader.complete(pending, StepPair(pending.step, None, layout.pick(gathered(taken.filled(layout)))))
 
     def close(self) -> None:
         """Take the hooks off, and let the step that waits go."""

@@ -12,8 +12,10 @@ from torch.optim import Optimizer
 
 from gradmon._errors import ArgumentError, PluginError
 from gradmon._evidence import BatchGradient, InputGradients, Step, StepPair
+from gradmon._parameters import check_trains, trainable
 from gradmon._plugins import entry_points_named, load
 from gradmon._types import Loss
+from gradmon.masks import Mask, check_seed
 from gradmon.metrics import METRICS, Metric
 from gradmon.probes import LISTENED
 from gradmon.schedules import budget
@@ -22,6 +24,9 @@ _PASSIVE: frozenset[type] = frozenset({BatchGradient, Step, StepPair, *LISTENED}
 """The evidence that the training's own passes and steps reveal."""
 _NOT_PASSIVE = frozenset({"loss", "step_ratio", "step_share", "batch_share"})
 """Metrics that want more of such evidence than can be had without the loss."""
+
+_ALIKE = ("parameters", "schedule", "seed", "passive", "derivative", "optimizer")
+"""What describes a run and must be the same on all its ranks."""
 
 
 def find_metric(name: str) -> Metric:
@@ -168,7 +173,20 @@ def check_options(
         raise ArgumentError("layers", "be True or False", layers)
 
 
+def check_described(seed: object, rules: object, hparams: object) -> None:
+    """Check the seed, the rules, and what describes the run.
+
+    Raises:
+        ArgumentError: One of them is not what it must be.
+    """
+    check_seed(seed)
+    check_rules(rules)
+    check_hparams(hparams)
+
+
 def check_monitor(
+    model: nn.Module,
+    optimizer: Optimizer | None,
     loss: object,
     reduction: object,
     schedule: object,
@@ -176,12 +194,15 @@ def check_monitor(
     rank: object,
     max_memory: object,
     example_dim: object,
+    group_timeout: object,
 ) -> None:
     """Check the arguments of `Monitor` alone.
 
     Raises:
         ArgumentError: One of them is not what it must be.
     """
+    if optimizer is not None:
+        check_trains(optimizer, trainable(model).values())
     if loss is not None and not callable(loss):
         raise ArgumentError("loss", "be callable as loss(model, batch), or None", type(loss).__name__)
     if reduction not in ("mean", "sum"):
@@ -190,7 +211,7 @@ def check_monitor(
         raise ArgumentError("schedule", "be a budget, or callable as schedule(step)", repr(schedule))
     if not isinstance(run, str) or not run:
         raise ArgumentError("run", "be a name", repr(run))
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ArgumentError("rank", "be an integer of at least 0", rank)
     if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory < 1:
         raise ArgumentError("max_memory", "be an integer of at least 1", max_memory)
@@ -198,6 +219,22 @@ def check_monitor(
         isinstance(example_dim, bool) or not isinstance(example_dim, int) or example_dim < 0
     ):
         raise ArgumentError("example_dim", "be an integer of at least 0, or None", example_dim)
+    if isinstance(group_timeout, bool) or not isinstance(group_timeout, (int, float)) or not 0 < group_timeout < 1e9:
+        raise ArgumentError("group_timeout", "be a positive number of seconds", group_timeout)
+
+
+def asked_alike(
+    info: Mapping[str, Any], metrics: Iterable[Metric], mask: Mask | None, micro_batches: int, max_memory: int
+) -> dict[str, Any]:
+    """What the monitors of several ranks must have in common, as plain types."""
+    same = {name: info[name] for name in info if name in _ALIKE}
+    return {
+        **same,
+        "metrics": ", ".join(metric.name for metric in metrics),
+        "mask": repr(mask),
+        "micro_batches": micro_batches,
+        "max_memory": max_memory,
+    }
 
 
 def _is_plain(value: object) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,6 +44,24 @@ _ORDER = ("gradient", "examples", "weights", "step", "scaled", "inputs", "other"
 _AROUND = 2.0
 """What a step without a probe costs, over what it takes in here: hooks, calls, what leaves the processor's caches."""
 _PASSIVE_ORDER = ("gradient", "step", "examples", "other")
+_SETTLING = 3
+"""After how many steps ranks with a budget make their first plan; before, no step has been timed."""
+_HORIZON = 500
+"""How many steps they plan ahead."""
+_UNPLANNED = 100
+"""After how many steps ranks that have lost each other show again that there is nothing to be shown."""
+
+
+class Plan(NamedTuple):
+    """What ranks that share a budget look at next.
+
+    Attributes:
+        step: In which step; they plan anew after it.
+        groups: The groups of metrics; empty to plan anew only.
+    """
+
+    step: int
+    groups: list[str]
 
 
 class Pacer:
@@ -54,6 +73,7 @@ class Pacer:
         passive: Whether only the training's own passes are looked at.
         device: Where the model is.
         failures: Where errors of the schedule are counted.
+        shared: Whether several ranks must look at the same steps: what a budget allows is then planned ahead, by one.
     """
 
     def __init__(
@@ -63,6 +83,8 @@ class Pacer:
         passive: bool,
         device: torch.device,
         failures: Failures,
+        *,
+        shared: bool = False,
     ) -> None:
         self._schedule, self._failures, self._device = schedule, failures, device
         self._budget = schedule if isinstance(schedule, budget) else None
@@ -80,6 +102,7 @@ class Pacer:
         self._listened, self._listening = False, 0.0
         self._looked = True
         self._due: frozenset[str] = frozenset()
+        self._plan: Plan | None = Plan(_SETTLING, []) if shared and self._budget is not None else None
 
     def due(self, step: int) -> list[Metric]:
         """The metrics to look at in the coming step; to be asked once for each step."""
@@ -88,11 +111,41 @@ class Pacer:
             due = self._failures.guard("schedule", lambda: bool(schedule(step)), False)
             self._due = frozenset(self._order) if due else frozenset()
             return self._all if due else []
-        self._due = self._budget.choose(self._order)
+        if self._plan is None:
+            self._due = self._budget.choose(self._order)
+        else:
+            self._due = frozenset(self._plan.groups if step == self._plan.step else ()).intersection(self._order)
         if not self._due:
             return []
         chosen = {metric.name for group in self._due for metric in self._groups[group]}
         return [metric for metric in self._all if metric.name in chosen]
+
+    def meets(self, step: int) -> bool:
+        """Whether ranks that share a budget plan anew after a step, although nothing was due in it."""
+        return self._plan is not None and step >= self._plan.step
+
+    def proposal(self, step: int) -> Plan | None:
+        """What this rank would look at next after a step, and when, if the training goes on as fast as before."""
+        if self._plan is None or self._budget is None:
+            return None
+        usual = self._ledger.usual
+        if usual <= 0:
+            return Plan(step + _SETTLING, [])
+        twin, ahead, wait = copy.deepcopy(self._budget), 0, 1
+        while ahead < _HORIZON:
+            for _ in range(wait):
+                twin.ledger.trained(usual)
+            ahead += wait
+            groups = twin.choose(self._order)
+            if groups:
+                return Plan(step + ahead, [group for group in self._order if group in groups])
+            wait = max(1, ahead // 4)
+        return Plan(step + ahead, [])
+
+    def adopt(self, plan: Plan | None, step: int) -> None:
+        """Take over what the ranks have agreed on after a step; None where they could not."""
+        if self._plan is not None:
+            self._plan = Plan(step + _UNPLANNED, list(self._order)) if plan is None else plan
 
     def enter(self) -> None:
         """A step of the training is over, and the monitor begins its own work."""
@@ -169,3 +222,5 @@ class Pacer:
         """Take up what was saved."""
         if state and self._budget is not None:
             self._budget.load_state_dict(state)
+        if self._plan is not None:
+            self._plan = Plan(0, [])  # the next step is beyond it

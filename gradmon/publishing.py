@@ -67,6 +67,7 @@ class Publisher:
         alerts: ``"default"``, rules, or None for none.
         failures: Where errors of rules and sinks are counted; they go no further.
         on_alert: What else to do about an alert.
+        writes: Whether this process writes; of several ranks with the same readings only the first does.
 
     Attributes:
         should_stop: Whether an alert has asked for the end of the training.
@@ -76,7 +77,12 @@ class Publisher:
     """
 
     def __init__(
-        self, alerts: str | Iterable[Rule] | None, failures: Failures, on_alert: OnAlert | object = None
+        self,
+        alerts: str | Iterable[Rule] | None,
+        failures: Failures,
+        on_alert: OnAlert | object = None,
+        *,
+        writes: bool = True,
     ) -> None:
         self._rules = default_rules() if alerts == "default" else _checked(alerts)
         if on_alert not in ("log", "stop", None) and not callable(on_alert):
@@ -88,6 +94,7 @@ class Publisher:
         self._active: dict[tuple[str, str | None], Alert] = {}
         self._readings: dict[str, Reading] = {}
         self.should_stop = False
+        self.writes = writes
         self._process = os.getpid()
 
     @property
@@ -116,12 +123,16 @@ class Publisher:
     ) -> None:
         """Make the sinks and tell them the run; where one cannot be made, those before it are closed.
 
+        A process that does not write leaves them alone.
+
         Raises:
             ArgumentError: `sinks` is not what it must be.
         """
         if sinks is not None and not isinstance(sinks, (str, Sink, Iterable)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ArgumentError("sinks", "be sinks or strings", repr(sinks))
         self._log.bind(run, rank)
+        if not self.writes:
+            return
         try:
             for given in [sinks] if isinstance(sinks, (str, Sink)) else sinks or ():
                 sink = make_sink(given)
@@ -148,7 +159,7 @@ class Publisher:
 
     def publish(self, readings: Sequence[Reading]) -> None:
         """Take new readings: to the rules one by one, to every sink together, and then the alerts."""
-        if self._process != os.getpid():
+        if self._process != os.getpid() or not readings:
             return
         changes: list[Alert] = []
         for reading in readings:
@@ -196,10 +207,13 @@ class Publisher:
     def _act(self, alert: Alert) -> None:
         """Do about an alert what was asked for."""
         act = self._on_alert
-        if act in ("log", "stop"):
+        stops = act == "stop" and alert.state == "firing" and alert.severity == "critical"
+        if not self.writes:
+            self.should_stop = self.should_stop or stops
+        elif act in ("log", "stop"):
             if not any(isinstance(sink, LogSink) or getattr(sink, "logs_alerts", False) for sink in self._sinks):
                 self._log.alert(alert)
-            if act == "stop" and alert.state == "firing" and alert.severity == "critical" and not self.should_stop:
+            if stops and not self.should_stop:
                 self.should_stop = True
                 _LOG.critical("%s: the training should stop: %s", self._failures.run, alert.message)
         elif callable(act):

@@ -41,6 +41,7 @@ class Listener:
         model: The model.
         gram: Whether to gather the inner products of the examples' gradients.
         moments: Whether to gather mean and variance of each coordinate over the examples.
+        rows: Whether to gather the looked-at coordinates themselves.
         inputs: Whether to gather the gradients with respect to the examples' inputs.
         mask: The coordinates to look at; None for all.
         moments_mask: Those of moments, if they are others.
@@ -66,6 +67,7 @@ class Listener:
         *,
         gram: bool = True,
         moments: bool = False,
+        rows: bool = False,
         inputs: bool = False,
         mask: Mask | None = None,
         moments_mask: Mask | None = None,
@@ -74,7 +76,7 @@ class Listener:
         experience: Experience | None = None,
     ) -> None:
         self._model = unwrapped(model)
-        self._wanted = Wanted(gram=gram, moments=moments)
+        self._wanted = Wanted(gram=gram, moments=moments, rows=rows)
         self._mask, self._moments_mask = mask, moments_mask
         inner = self._model.get_submodule(input_module) if isinstance(input_module, str) else input_module
         self._dim, self._dim_given = example_dim or 0, example_dim is not None
@@ -214,7 +216,8 @@ class Listener:
         if self._laid is None or self._trained() != self._laid[0]:
             raise Unavailable("which parameters are trained has changed since the last step")
         self._settle(batch)
-        found = collected.result(self._counts(batch), gram=self._wanted.gram, moments=self._wanted.moments, rows=False)
+        wanted = self._wanted
+        found = collected.result(self._counts(batch), gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
         self._examples = found.examples
         self._known.confirm()
         self._outer = outer

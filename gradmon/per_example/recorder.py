@@ -7,9 +7,10 @@ products that are wanted are made of it and everything is let go.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
-from gradmon._sandbox import packing_hook
 from gradmon.per_example._autograd import after_backward, running_backward, version
+from gradmon.per_example.arrival import TOO_LARGE, arrival_hook, picked, recomputed, rows_size
 from gradmon.per_example.calls import Tape
 from gradmon.per_example.capture import Use
 from gradmon.per_example.collected import Collected
@@ -84,7 +85,7 @@ class Recorder:
         self._group_of: dict[Recording, Group] = {}
         self._kept: dict[int, dict[Group, list[Shares]]] | None = None if single else {}
         self._versions: list[tuple[Tensor, int]] = []
-        self._held = 0
+        self._held = self._rows_held = 0
         self._x: list[tuple[Recording, int, Tensor]] = []
         self.collected = Collected(weights, self._sampled)
 
@@ -107,7 +108,7 @@ class Recorder:
         nodes: dict[Any, list[tuple[int, int]]] = {}
         for at, output in enumerate(use.outputs):
             nodes.setdefault(output.grad_fn, []).append((at, output.output_nr))
-        late = not self.single and _recomputed() and self._ways.unique(recording.course, planned)
+        late = not self.single and recomputed() and self._ways.unique(recording.course, planned)
         live = Live(use, planned, recording, index, [None] * len(use.outputs), len(nodes), tape, use.places)
         use.outputs = []
         if late and (use.name, tuple(use.positions)) in self._late:
@@ -117,7 +118,7 @@ class Recorder:
             live.use = None
             self._late[use.name, tuple(use.positions)] = live
         for node, places in nodes.items():
-            node.register_prehook(_hook(self, live, places))
+            node.register_prehook(arrival_hook(self, live, places))
         self._live.append(weakref.ref(live))
 
     def again(self, use: Use, tape: Tape) -> None:
@@ -181,7 +182,7 @@ class Recorder:
         self.backwards = 0
         self._left.clear()
         self._group_of.clear()
-        self._held = 0
+        self._held = self._rows_held = 0
         self._versions.clear()
         self._kept = None if self._kept is None else {}
         self.collected.clear()
@@ -215,7 +216,15 @@ class Recorder:
                 return
             self.backwards += 1
             self.closed = self.closing
-            for position in self.collected.received(self._now.task):
+            if self.single:
+                self._note_left(self._now.task)
+            else:  # after what others do at the end of a backward pass: ranks put the means over all of them there
+                after_backward(functools.partial(self._note_left, self._now.task))
+
+    def _note_left(self, task: int) -> None:
+        """Note the gradients as a backward pass left them."""
+        with self.guarded():
+            for position in self.collected.received(task):
                 gradient = self.weights.parameters[position].grad
                 self._left[position] = (None, 0) if gradient is None else (weakref.ref(gradient), version(gradient))
 
@@ -254,11 +263,15 @@ class Recorder:
             return
         forms = {self._group(recording): shares for recording, shares in found.items()}
         budget, wanted = self.scratch.budget, self.wanted
-        picks, spots = _picked(self.weights, position), _picked(self._sampled, position)
+        picks, spots = picked(self.weights, position), picked(self._sampled, position)
         if wanted.example is not None:
             for shares in forms.values():
                 self.collected.add_share(position, torch.stack([one(form, wanted.example) for form in shares]).sum(0))
         if wanted.rows:
+            if not self.single:
+                self._rows_held += rows_size(self.weights, position, list(forms.values()))
+                if self._rows_held > self._max_memory:
+                    raise Unavailable(TOO_LARGE)
             for group, shares in forms.items():
                 self.collected.add_rows(position, group, self._coordinates(position, shares, picks))
         looked_at: dict[Group, list[Shares]] = forms
@@ -377,24 +390,3 @@ class Recorder:
         for position, forms in self._kept.items():
             product = inner_products(list(forms.values()), self.scratch.budget)
             self.collected.add_products(position, list(forms), product)
-
-
-def _picked(weights: Weights, position: int) -> Tensor | None:
-    return None if weights.picks is None else weights.picks[position]
-
-
-def _hook(recorder: Recorder, live: Live, places: list[tuple[int, int]]) -> Callable[[Any], None]:
-    # A graph may outlive its step, and must not keep what was found there.
-    held = weakref.ref(recorder)
-
-    def arrived(gradients: Sequence[Tensor | None]) -> None:
-        now = held()
-        if now is not None:
-            now.arrive(live, places, gradients)
-
-    return arrived
-
-
-def _recomputed() -> bool:
-    """Whether this is a checkpointed part, which is going to be computed once more in the backward pass."""
-    return getattr(packing_hook(), "__module__", "") == "torch.utils.checkpoint"

@@ -15,7 +15,7 @@ from gradmon.probes.scene import Scene
 def batch_gradient(scene: Scene) -> BatchGradient:
     """The loss and the norms at w: one forward and backward pass."""
     objective, gradient = scene.objective, scene.gradient
-    return gradient_evidence(objective.weights, objective.base, gradient.parts, gradient.loss, objective.examples)
+    return gradient_evidence(objective.weights, objective.base, gradient.parts, gradient.loss, objective.total)
 
 
 def gradient_evidence(

@@ -13,6 +13,7 @@ from gradmon._evidence import GradientMoments, InputGradients, PerExampleGradien
 from gradmon._parameters import Weights
 from gradmon._tensors import gram
 from gradmon.per_example import PerExampleResult, Wanted
+from gradmon.probes.pooling import pooled_inputs
 from gradmon.probes.scene import Scene
 
 
@@ -37,8 +38,9 @@ def gradient_moments(scene: Scene) -> GradientMoments:
 def _gathered(scene: Scene, kind: type) -> PerExampleResult:
     found = scene.examples(kind)
     # The same pass has the input gradients, for whoever asks for them later, or hears then why they are missing.
-    with contextlib.suppress(Unavailable):
-        scene.once("input gradients", lambda: _inputs(scene, found.inputs))
+    if scene.objective.team is None or InputGradients in scene.needed:
+        with contextlib.suppress(Unavailable):
+            scene.once("input gradients", lambda: _inputs(scene, found.inputs))
     return found.result
 
 
@@ -71,10 +73,12 @@ def input_gradients(scene: Scene) -> InputGradients:
         Unavailable: The inputs cannot be found, or the gradients are not finite.
     """
 
-    def look() -> Tensor:
-        return _inputs(scene, scene.shares.run(Wanted(gram=False)).inputs)
+    def look() -> Tensor | InputGradients:
+        engine = scene.shares
+        return _inputs(scene, lambda: engine.run(Wanted(gram=False)).inputs())
 
-    return input_evidence(scene.once("input gradients", look))
+    found = scene.once("input gradients", look)
+    return found if isinstance(found, InputGradients) else input_evidence(found)
 
 
 def input_evidence(gradients: Tensor) -> InputGradients:
@@ -89,6 +93,6 @@ def input_evidence(gradients: Tensor) -> InputGradients:
     return InputGradients(gram=gram(rows), total=rows.shape[1])
 
 
-def _inputs(scene: Scene, found: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
+def _inputs(scene: Scene, found: Callable[[], tuple[Tensor, Tensor]]) -> Tensor | InputGradients:
     scene.entry  # noqa: B018 - says why where the inputs cannot be found
-    return found()[1]
+    return found()[1] if scene.objective.team is None else pooled_inputs(scene.objective.team, found)

@@ -17,10 +17,12 @@ from gradmon._evidence import GradientMoments, InputGradients, InputSweep, PerEx
 from gradmon._objective import Gradient, Objective
 from gradmon._tensors import length, ran_out, wide
 from gradmon._types import Batch, Derivative
-from gradmon.per_example import Entry, Pass, PerExample, Wanted, find_entry
+from gradmon.per_example import TOO_LARGE, Entry, Pass, PerExample, Wanted, find_entry
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import Krylov, WeightSampler
 from gradmon.probes.memory import Memory
+from gradmon.probes.pooling import fits, pooled_pass
+from gradmon.team import passes_talk
 
 _EXAMPLES = (PerExampleGradients, GradientMoments)
 _INPUTS = (InputGradients, InputSweep)
@@ -158,10 +160,17 @@ class Scene:
             Unavailable: The examples' gradients cannot be told apart, or are not finite.
         """
         kinds = (self.needed | {kind}).intersection(_EXAMPLES)
+        team = self.objective.team
+        if team is not None and not fits(team, self.objective.weights, self.memory.experience.max_memory):
+            kinds -= {PerExampleGradients}
+            if kind not in kinds:
+                raise Unavailable(TOO_LARGE)
         wanted = Wanted(
             gram=PerExampleGradients in kinds, moments=GradientMoments in kinds, precise=self.memory.precise
         )
-        return self.once(("examples", kinds), lambda: self.shares.run(wanted))
+        if team is None:
+            return self.once(("examples", kinds), lambda: self.shares.run(wanted))
+        return self.once(("examples", kinds), lambda: pooled_pass(team, self.objective, self.shares, wanted))
 
     @property
     def epsilon(self) -> float:
@@ -198,20 +207,32 @@ class Scene:
                 entries[key] = find_entry(self.objective, self.input_module)
             return entries[key]
 
-        return self.once("entry", find)
+        return self.once("entry", lambda: self._agreed("entry", find))
 
     @property
     def shares(self) -> PerExample:
-        """Per-example passes, with the examples' inputs where these are wanted and can be found."""
+        """Per-example passes, with the examples' inputs where these are wanted and can be found.
+
+        Raises:
+            Unavailable: The examples of several ranks interact.
+        """
 
         def make() -> PerExample:
+            talk = None if self.objective.team is None else passes_talk(self.objective.model)
+            if talk is not None:
+                raise Unavailable(talk)
             try:
                 entry = self.entry if not self.needed or self.needed.intersection(_INPUTS) else None
-                return PerExample(self.objective, entry, self.memory.experience)
+                return self._agreed("shares", lambda: PerExample(self.objective, entry, self.memory.experience))
             except Unavailable:
-                return PerExample(self.objective, None, self.memory.experience)
+                return self._agreed("shares", lambda: PerExample(self.objective, None, self.memory.experience))
 
         return self.once("shares", make)
+
+    def _agreed(self, work: str, make: Callable[[], _T]) -> _T:
+        """What `make` returns, unless it fails on some rank."""
+        team = self.objective.team
+        return make() if team is None else team.together(work, make)[0]
 
     def generator(self) -> torch.Generator:
         """A fresh source of randomness, the same for every sweep of this scene."""

@@ -13,6 +13,7 @@ from gradmon._evidence import Curvature, ScaledSweep, WeightSweep
 from gradmon._tensors import gram, largest_quotient, length, wide, working
 from gradmon.per_example import Wanted
 from gradmon.perturbations.weights import Krylov, WeightPoint, WeightSampler
+from gradmon.probes.pooling import pooled_share
 from gradmon.probes.scene import Scene
 from gradmon.probes.watch import learning_rates
 
@@ -99,7 +100,7 @@ def _run(scene: Scene, sampler: WeightSampler) -> _Sweep:
         weights=[part.reshape(-1) for part in base],
         gradient=start,
         example=lambda example: _example(scene, example),
-        examples=objective.examples,
+        examples=objective.total,
         generator=scene.generator(),
         product=(lambda v: working(weights.flatten(objective.product(weights.unflatten(v))))) if exact else None,
     )
@@ -194,5 +195,7 @@ def _check_symmetry(scene: Scene, omega: Tensor, product: Tensor) -> None:
 
 
 def _example(scene: Scene, example: int) -> Tensor:
+    if scene.objective.team is not None:
+        return pooled_share(scene.objective.team, scene.objective, scene.shares, example)
     taken = scene.shares.run(Wanted(gram=False, example=example))
     return working(scene.objective.weights.flatten(taken.share))

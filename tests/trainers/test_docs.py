@@ -13,6 +13,7 @@ from tests.trainers.common import batches, examples, momentum, mse, network
 PAGES = Path(__file__).parents[2] / "docs" / "trainers"
 NEEDS = {
     "plain": "torch",
+    "ddp": "torch",
     "lightning": "lightning",
     "transformers": "transformers",
     "accelerate": "accelerate",
@@ -103,8 +104,21 @@ def ignite(tmp_path):
     }  # fmt: skip
 
 
+def ddp(tmp_path):
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    model = network()
+    return {
+        "torch": torch,
+        "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+        "fully_shard": importlib.import_module("torch.distributed.fsdp").fully_shard,
+        "model": model, "optimizer": momentum(model.parameters()), "loss": mse, "loader": batches(),
+    }  # fmt: skip
+
+
 GIVEN = {
     "plain": plain,
+    "ddp": ddp,
     "lightning": lightning,
     "transformers": transformers,
     "accelerate": accelerate,
@@ -119,10 +133,17 @@ def test_what_a_page_says_to_paste_runs(name, tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (PAGES / f"{name}.md").read_text(), re.DOTALL)
     assert blocks
     given = GIVEN[name](tmp_path)
-    for block in blocks:
-        exec(compile(block.replace("every(50)", "every(2)"), f"{name}.md", "exec"), given)
-        if "attach(trainer" in block and name == "transformers":
-            given["trainer"].train()
+    try:
+        for block in blocks:
+            exec(compile(block.replace("every(50)", "every(2)"), f"{name}.md", "exec"), given)
+            if "attach(trainer" in block and name == "transformers":
+                given["trainer"].train()
+            if name == "ddp":  # each of its blocks begins with a model as it was
+                given["model"] = network()
+                given["optimizer"] = momentum(given["model"].parameters())
+    finally:
+        if name == "ddp":
+            torch.distributed.destroy_process_group()
     files = [path for path in (tmp_path / "runs/first").rglob("*") if "tfevents" in path.name]
     assert files
     assert all(path.stat().st_size > 500 for path in files)

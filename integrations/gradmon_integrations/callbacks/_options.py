@@ -17,6 +17,7 @@ from gradmon.perturbations.weights import WeightSampler
 from gradmon.publishing import OnAlert
 from gradmon.schedules import Schedule
 from gradmon.sinks import Sink
+from gradmon.team import Group
 
 Sinks = Sink | str | Iterable[Sink | str] | None
 
@@ -48,6 +49,8 @@ class Options(TypedDict, total=False):
     rules: Rules | None
     max_memory: int
     example_dim: int | None
+    group: Group
+    group_timeout: float
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

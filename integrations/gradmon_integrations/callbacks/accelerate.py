@@ -9,12 +9,14 @@ from typing import Any, Unpack
 from torch import nn
 
 from gradmon import GradmonError, Monitor
+from gradmon._parameters import wrapper_of
 from gradmon._types import Batch, Loss
 from gradmon_integrations.callbacks._clipping import watch_clipping
 from gradmon_integrations.callbacks._forwarding import Forwarding
 from gradmon_integrations.callbacks._frameworks import framework
 from gradmon_integrations.callbacks._options import Options, check_choice, checked
 from gradmon_integrations.callbacks._precision import in_full_precision
+from gradmon_integrations.callbacks._ranks import for_ranks
 from gradmon_integrations.callbacks._session import Session
 
 framework("accelerate", "accelerate")
@@ -24,7 +26,7 @@ class AcceleratedMonitor:
     """A monitor that counts the steps as an accelerator does; made by `monitor`.
 
     Attributes:
-        session: What watches; None where this process is not the main one.
+        session: What watches; None in a process that has no monitor.
     """
 
     def __init__(self, accelerator: Any, session: Session | None) -> None:
@@ -35,10 +37,12 @@ class AcceleratedMonitor:
         """The monitor itself.
 
         Raises:
-            GradmonError: This is not the main process.
+            GradmonError: This process has none.
         """
         if self.session is None:
-            raise GradmonError("Only the main process has a monitor.")
+            raise GradmonError(
+                "Only the main process has a monitor, unless the model is trained by DistributedDataParallel."
+            )
         return self.session.monitor
 
     @property
@@ -126,8 +130,9 @@ def monitor(
     """
     check_choice("join", join)
     check_choice("log", log)
-    arguments, session = checked(options), None
-    if accelerator.is_main_process:
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    arguments, session = for_ranks(checked(options), accelerator.unwrap_model(model), wrapper_of(model), kind), None
+    if arguments is not None:
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         sinks = [Forwarding(lambda numbers, step: accelerator.log(numbers, step=step))] if log else []

@@ -11,11 +11,13 @@ from torch.optim import Optimizer
 
 from gradmon import ArgumentError, Monitor
 from gradmon._batches import map_tensors
+from gradmon._parameters import unwrapped, wrapper_of
 from gradmon._types import Batch, Loss
 from gradmon_integrations.callbacks._clipping import watch_clipping
 from gradmon_integrations.callbacks._forwarding import Forwarding
 from gradmon_integrations.callbacks._frameworks import framework
 from gradmon_integrations.callbacks._options import Options, check_choice, checked
+from gradmon_integrations.callbacks._ranks import for_ranks
 from gradmon_integrations.callbacks._session import Session
 
 _ENGINE: Any = framework("ignite.engine", "ignite")
@@ -118,14 +120,15 @@ class GradmonHandler:
                 state = self._session.monitor.state_dict()
             self._session.close(RuntimeError("the run before did not come to its end"))
         self._session, self._saved = None, None
-        if _DISTRIBUTED.get_rank() != 0:
+        options = for_ranks(self._options, unwrapped(self._model), wrapper_of(self._model), "another way")
+        if options is None:
             return
 
         def send(numbers: Mapping[str, float], step: int) -> None:
             engine.state.metrics.update(numbers)
 
         self._session = session = Session(
-            self._model, self._optimizer, self._loss, self._options, join=self._join,
+            self._model, self._optimizer, self._loss, options, join=self._join,
             sinks=[Forwarding(send)] if self._log else [], state=state,
         )  # fmt: skip
 

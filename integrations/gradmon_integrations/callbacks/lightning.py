@@ -21,6 +21,7 @@ from gradmon_integrations.callbacks._frameworks import framework
 from gradmon_integrations.callbacks._options import Options, check_choice, checked
 from gradmon_integrations.callbacks._parts import name_of, trained_by
 from gradmon_integrations.callbacks._quiet import TrainingStep, repeatable
+from gradmon_integrations.callbacks._ranks import for_ranks
 from gradmon_integrations.callbacks._session import Session
 
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
@@ -136,7 +137,11 @@ class GradmonCallback(_Base):
         self._sessions, self._saved, self._loaded = {}, {}, False
         self._module = weakref.ref(pl_module)
         self._steps, self._stepped, self._now = trainer.global_step, False, None
-        if not trainer.is_global_zero:
+        strategy = trainer.strategy
+        options = for_ranks(
+            self._options, pl_module, getattr(strategy, "model", None), type(strategy).__name__.removesuffix("Strategy")
+        )
+        if options is None:
             return
         several = len(trainer.optimizers) > 1
         sinks = self._options.get("sinks")
@@ -148,7 +153,7 @@ class GradmonCallback(_Base):
                 part = trained_by(pl_module, optimizer) if several else pl_module
                 name = name_of(part, number) if several else ""
                 name = f"optimizer{number}" if name in self._sessions else name
-                self._begin(trainer, pl_module, part, optimizer, name, before.get(name))
+                self._begin(trainer, pl_module, part, optimizer, name, before.get(name), options)
         except BaseException as error:
             self._end(error)
             raise
@@ -158,9 +163,16 @@ class GradmonCallback(_Base):
         return trainer.global_step > 0 and self._module is not None and self._module() is module
 
     def _begin(
-        self, trainer: Any, module: Any, part: Any, optimizer: Optimizer, name: str, state: Mapping[str, Any] | None
+        self,
+        trainer: Any,
+        module: Any,
+        part: Any,
+        optimizer: Optimizer,
+        name: str,
+        state: Mapping[str, Any] | None,
+        given: Mapping[str, Any],
     ) -> None:
-        options = dict(self._options)
+        options = dict(given)
         if name:
             options["run"] = f"{options.get('run', 'run')}-{name}"
         automatic = module.automatic_optimization

@@ -20,6 +20,7 @@ from gradmon_integrations.callbacks._forwarding import Forwarding
 from gradmon_integrations.callbacks._frameworks import framework
 from gradmon_integrations.callbacks._options import Options, check_choice, checked
 from gradmon_integrations.callbacks._precision import in_full_precision
+from gradmon_integrations.callbacks._ranks import for_ranks
 from gradmon_integrations.callbacks._session import Session, abandoned
 
 _LOG = logging.getLogger("gradmon")
@@ -106,22 +107,21 @@ class GradmonCallback(_Base):
             ArgumentError: An argument does not fit the model or its optimizer.
         """
         self.close(RuntimeError("the training before ended without telling its callbacks"))
-        if not state.is_world_process_zero:
+        trainer = None if self._trainer is None else self._trainer()
+        options = _options(self._options, args, given["model"], trainer)
+        if options is None:
             return
         optimizer = given["optimizer"]
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
             optimizer = optimizer.optimizer
         model, self._scaled = given["model"], bool(args.fp16)
-        trainer = None if self._trainer is None else self._trainer()
         loss: Any = self._loss
         if loss == "trainer":
             loss = model_loss if trainer is None else functools.partial(trainer_loss, trainer.compute_loss)
         loss = None if loss is None else in_full_precision(loss)
         numbers = self._numbers = {}
         sinks = [Forwarding(lambda found, _: numbers.update(found))] if self._log else []
-        session = Session(
-            model, optimizer, loss, self._options, join=self._join, sinks=sinks, state=_saved(args, state)
-        )
+        session = Session(model, optimizer, loss, options, join=self._join, sinks=sinks, state=_saved(args, state))
         self._session, self._calls = session, Calls(session.monitor)
         self._end = weakref.finalize(self, abandoned, session)
         own = trainer is not None and self._loss == "trainer"
@@ -193,7 +193,7 @@ class GradmonCallback(_Base):
         """Put what a resumed training needs into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         session = self._session
-        if session is not None and folder.is_dir():
+        if session is not None and folder.is_dir() and state.is_world_process_zero:
             session.monitor.failures.guard(
                 "checkpoint", lambda: torch.save(session.monitor.state_dict(), folder / "gradmon.pt"), None
             )
@@ -247,6 +247,21 @@ def attach(trainer: Any, **options: Any) -> GradmonCallback:
 
     trainer.train = watched
     return callback
+
+
+def _options(options: Mapping[str, Any], args: Any, model: Any, trainer: Any) -> dict[str, Any] | None:
+    """The options of this process's monitor; None where it is not to have one."""
+    found = for_ranks(options, model, getattr(trainer, "model_wrapped", None), _kind(args))
+    if args.world_size > 1 and "group" not in options and _kind(args) == "DDP":
+        return {**options, "group": torch.distributed.group.WORLD}  # the Trainer wraps it, unless it is sharded
+    return found
+
+
+def _kind(args: Any) -> str:
+    """How the Trainer distributes the model."""
+    if getattr(args, "deepspeed", None):
+        return "DeepSpeed"
+    return "FSDP" if getattr(args, "fsdp", None) else "DDP"
 
 
 def _saved(args: Any, state: Any) -> Mapping[str, Any] | None:
