@@ -48,6 +48,10 @@ benchmark: $(PEERS)  ## Run the benchmarks, and write docs/benchmarks.md
 	.venv-peers/bin/python benchmarks/tightness.py --write
 	.venv-peers/bin/python benchmarks/masks.py --write $(ARGS)
 	.venv-peers/bin/python benchmarks/sinks.py --write
+	.venv-peers/bin/python benchmarks/distributed.py --write
+	.venv-peers/bin/python benchmarks/average_gradient.py --write
+	.venv-peers/bin/python benchmarks/guessers.py --write
+	.venv-peers/bin/python -m benchmarks.foresight --write
 
 install: $(DEV)  ## Install everything into .venv, editable
 

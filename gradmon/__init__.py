@@ -17,6 +17,12 @@ from gradmon.metrics import METRICS as METRICS
 from gradmon.metrics import Metric as Metric
 from gradmon.metrics import Value as Value
 from gradmon.monitor import Monitor as Monitor
+from gradmon.preflight import LearningRates as LearningRates
+from gradmon.preflight import Preflight as Preflight
+from gradmon.preflight import Reinitialization as Reinitialization
+from gradmon.preflight import preflight as preflight
+from gradmon.preflight import reinitialize as reinitialize
+from gradmon.preflight import suggest_lr as suggest_lr
 from gradmon.schedules import budget as budget
 from gradmon.schedules import every as every
 from gradmon.schedules import log_spaced as log_spaced

@@ -34,11 +34,12 @@ from gradmon.pacing import Pacer
 from gradmon.per_example import RULES, Experience, Rules
 from gradmon.perturbations.inputs import Ascent, InputSampler
 from gradmon.perturbations.weights import WeightSampler
-from gradmon.probes import Memory, StepWatch, Taken, learning_rates
+from gradmon.probes import Keep, Memory, StepWatch, Taken
 from gradmon.publishing import Failures, OnAlert, Publisher, ended_well
 from gradmon.reading import Pending, Reader
 from gradmon.schedules import Schedule, budget, every
 from gradmon.sinks import Sink
+from gradmon.starting import Start
 from gradmon.team import Group, Unsharded, is_sharded
 
 _SAMPLED = 0.05
@@ -72,27 +73,25 @@ class Monitor:
         sinks: Sinks, or strings such as ``"jsonl:run.jsonl"``, ``"tensorboard:runs/mlp"``, ``"prometheus:9464"``.
         alerts: ``"default"``, or rules.
         on_alert: What else to do about an alert that starts or stops to fire: ``"log"`` it, to the logger ``gradmon``;
-            ``"stop"``: also ask for the end of the training (`should_stop`) when a critical one fires; a function to
-            call with it; None for nothing.
+            ``"stop"``: also ask for the end of the training when a critical one fires; a function to call with it.
         hparams: What else describes the run: names and numbers, strings or booleans, for the sinks that show them.
-        weights: The sampler of weight perturbations; None for `Krylov`: three products at the first probe, and one at
-            each later one, along the direction in which the gradient changed most at the one before. One product finds
-            some 0.7 to 0.9 of the largest `weight_condition` while batches change, and `sharpness` only where it has
-            settled; ``Krylov()`` takes three each time, and finds more.
+        weights: The sampler of weight perturbations; None for `Krylov`: three products at the first probe, then one a
+            probe, along the direction in which the gradient changed most at the one before. That finds some 0.7 to 0.9
+            of the largest `weight_condition` while batches change; ``Krylov()`` takes three each time, and finds more.
         inputs: The sampler of input perturbations; None for `Ascent()`.
         derivative: ``"finite"`` for differences of gradients, ``"exact"`` for Hessian products.
         micro_batches: n of the metrics over batch means, at least 2.
         reduction: How one value per example becomes the batch loss.
         input_module: The module (or its name) whose output is an example's input x; None to find it.
         layers: Whether to add readings for each layer.
-        rules: How the examples' gradients in the uses of a function, or in a module of a class, are had; None for
-            `gradmon.per_example.RULES`.
+        rules: How the examples' gradients in the uses of a function or module are had; None for `per_example.RULES`.
         max_memory: The most bytes to hold at a time for the examples' gradients, beside what the training itself holds.
-        example_dim: Without a `loss`: the dimension of the tensors that the model is called with that holds the
-            examples; None for the first, and refused where that is not clear.
+        example_dim: Without a `loss`: the dimension of the model's inputs that holds the examples; None for the first.
         group: The processes that train the model together: their examples are one batch, and the first alone writes. A
             `ProcessGroup`, None for this one alone, or ``"auto"``: as `DistributedDataParallel` or ``fully_shard`` say.
         group_timeout: How many seconds to wait for the other processes, before each goes on alone.
+        preflight: Whether to say at the first batch if the run will train, as `gradmon.preflight` does: in readings
+            ``preflight_...`` and the alerts ``preflight`` and ``stuck``.
 
     Raises:
         ArgumentError: An argument is not what it must be.
@@ -140,6 +139,7 @@ class Monitor:
         example_dim: int | None = None,
         group: Group = "auto",
         group_timeout: float = 300.0,
+        preflight: bool = False,
     ) -> None:
         self.run, self.rank = run, rank or 0
         self._around = sys.exc_info()[1]
@@ -148,7 +148,8 @@ class Monitor:
         self._watch: StepWatch | None = None
         self._lockstep: Lockstep | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
-        self._publisher = Publisher(None if self._disabled else alerts, self.failures, on_alert)
+        self._start = Start(preflight and not self._disabled, model, optimizer, loss, reduction)
+        self._publisher = Publisher(None if self._disabled else self._start.rules(alerts), self.failures, on_alert)
         if self._disabled:
             return
         check_options(weights, inputs, derivative, micro_batches, optimizer, layers)
@@ -204,7 +205,7 @@ class Monitor:
         if team is not None:
             self._lockstep = Lockstep(team, pacer, self._reader, self._publisher, self._example_dim)
         if optimizer is not None:
-            self._watch = StepWatch(optimizer, model, lambda: self._observer.keep(self._due), self.failures.note)
+            self._watch = StepWatch(optimizer, model, self._keep, self.failures.note)
         self._due: list[Metric] = []
         self._plan()
         try:
@@ -229,15 +230,14 @@ class Monitor:
         return self._publisher.should_stop if self._lockstep is None else self._lockstep.stops
 
     def stop(self) -> None:
-        """Ask for the end of the training, as a function given as `on_alert` may want to; see `should_stop`."""
+        """Ask for the end of the training, as a function given as `on_alert` may; see `should_stop`."""
         self._publisher.should_stop = True
 
     @property
     def coverage(self) -> dict[str, str]:
-        """By which way the examples' gradients of each parameter were had at the last probe that looked at them.
+        """By which way the examples' gradients of each parameter were had, at the last probe that looked at them.
 
-        The name of a function for which there is a rule, such as ``"linear"``; ``"replay"`` or ``"repeat"`` where its
-        call was made again; ``"unused"`` where no gradient arrived.
+        A function with a rule (``"linear"``), ``"replay"`` or ``"repeat"`` of its call, or ``"unused"``: none arrived.
         """
         return {} if self._disabled else dict(self._setting.memory.experience.coverage)
 
@@ -249,7 +249,7 @@ class Monitor:
     @property
     def wants_batch(self) -> bool:
         """Whether the batch of the step under way is going to be looked at; where not, `step` may be given None."""
-        return not self._closed and (bool(self._due) or self._observer.pending is not None)
+        return not self._closed and (bool(self._due) or self._observer.pending is not None or self._start.waits)
 
     def step(self, batch: Batch) -> None:
         """Tell the monitor that a step was taken; on scheduled steps, look.
@@ -267,9 +267,8 @@ class Monitor:
     def before_clipping(self) -> None:
         """Tell a monitor without a `loss` that the gradients are complete, and about to be clipped.
 
-        To be called after the backward pass (with a gradient scaler: after ``unscale_``), and after each one where
-        gradients are accumulated. Without it the gradients are read as the optimizer finds them. With a `loss` they are
-        those of the monitor's own passes, and there is nothing to do.
+        To be called after each backward pass (with a gradient scaler: after ``unscale_``). Without it the gradients are
+        read as the optimizer finds them. With a `loss` they are those of the monitor's own passes.
         """
         if self.wants_batch and self._watch is not None and isinstance(self._observer, PassiveObserver):
             self.failures.guard("before_clipping", self._watch.complete, None)
@@ -278,7 +277,7 @@ class Monitor:
         """Look at the step that was taken, and finish what waited for it."""
         self._pacer.enter()
         taken = None if self._watch is None else self._watch.take()
-        self._setting.rates = self._rates()
+        self._setting.rates = [] if self._watch is None else self._watch.rates
         pending, self._observer.pending = self._observer.pending, None
         if self._lockstep is None:
             self._publisher.publish(self._looked(batch, taken, pending))
@@ -290,7 +289,10 @@ class Monitor:
     def _looked(self, batch: Batch, taken: Taken | None, pending: Pending | None) -> list[Reading]:
         """The readings of the step that was taken, and those that waited for it."""
         pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
-        readings: list[Reading] = []
+        alone = self._lockstep is None
+        readings = self._start.readings(self._step, batch, taken, self._setting.rates, self.failures, alone)
+        if readings:
+            pacer.ignore()
         if pending is not None:
             lost = [metric for metric, _ in pending.waiting]
             pacer.begin()
@@ -306,13 +308,11 @@ class Monitor:
             if self._lockstep is not None:
                 around, own = self._lockstep.pooled(self._step, around), self._lockstep.alike(own)
             readings = [*around, *readings, *own]
-        return readings
+        return [*readings, *self._start.later(readings)]
 
-    def _rates(self) -> list[float]:
-        """The learning rates of the step that was just taken."""
-        if self._watch is None or self._optimizer is None:
-            return []
-        return self._watch.rates or learning_rates(self._optimizer)
+    def _keep(self) -> Keep:
+        """What is to be kept of the step that the optimizer is about to take."""
+        return self._start.keep(self._observer.keep(self._due))
 
     def _plan(self) -> None:
         """See what is due in the coming step, and prepare for it."""
@@ -327,8 +327,8 @@ class Monitor:
     def close(self) -> None:
         """Detach from model and optimizer, and close the sinks: the run has come to its end.
 
-        While an exception is on its way, as in a ``finally:``, it says that the run has failed. It waits until the
-        sinks have taken what they were given, but a minute at most. A second call does nothing.
+        While an exception is on its way, as in a ``finally:``, it says that the run has failed. It waits for the sinks,
+        but a minute at most. A second call does nothing.
         """
         self._close(ended_well(sys.exc_info()[1], self._around))
 
@@ -354,7 +354,7 @@ class Monitor:
         """What a resumed run needs to go on as if it had not been interrupted, as plain types.
 
         The tracked direction has as many numbers as the model; a step that waits for the next batch some times as many.
-        A metric of the caller's that waits with other evidence than the step's is not part of it.
+        A metric of the caller's that waits with other evidence is not part of it.
         """
         if self._disabled:
             return {}
@@ -386,6 +386,8 @@ class Monitor:
             raise ArgumentError("state", "be of version 2", state.get("version"))
         setting = self._setting
         self._step = int(state["step"])
+        if self._step:
+            self._start.skip()
         setting.mask = Mask.restored(state["mask"], setting.model)
         setting.memory.load_state_dict(state["memory"])
         self._pacer.load_state_dict(state["pace"])

@@ -203,6 +203,9 @@ def check_monitor(
     """
     if optimizer is not None:
         check_trains(optimizer, trainable(model).values())
+    if loss is None and getattr(optimizer, "several_passes", False):
+        must = f"be given with {type(optimizer).__name__}, whose steps take several backward passes"
+        raise ArgumentError("loss", must, None)
     if loss is not None and not callable(loss):
         raise ArgumentError("loss", "be callable as loss(model, batch), or None", type(loss).__name__)
     if reduction not in ("mean", "sum"):

@@ -160,6 +160,10 @@ class Pacer:
             self._ledger.spent(self._listening)
         self._ledger.trained(lasted)
 
+    def ignore(self) -> None:
+        """What came since it was last asked counts for nothing: it was asked for once, and does not come again."""
+        self._now = time.perf_counter()
+
     def begin(self) -> None:
         """Passes of our own begin: on CUDA what was queued before them is the training's."""
         if self._device.type == "cuda":

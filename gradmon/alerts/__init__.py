@@ -12,3 +12,4 @@ from gradmon.alerts.limits import Above as Above
 from gradmon.alerts.limits import Below as Below
 from gradmon.alerts.limits import NonFinite as NonFinite
 from gradmon.alerts.limits import Outside as Outside
+from gradmon.alerts.stuck import Stuck as Stuck

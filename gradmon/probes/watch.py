@@ -156,8 +156,8 @@ class StepWatch:
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates of the parameter groups in the last step; empty before the first."""
-        return [float(rate) for rate in self._rates]
+        """The learning rates of the parameter groups in the last step; as they are now before the first."""
+        return [float(rate) for rate in self._rates] or learning_rates(self._optimizer)
 
     def close(self) -> None:
         """Take the hooks off."""

@@ -51,6 +51,7 @@ class Options(TypedDict, total=False):
     example_dim: int | None
     group: Group
     group_timeout: float
+    preflight: bool
 
 
 def checked(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The zoo: random training configurations, whether they train, and what could be seen before the first step."""

@@ -1,0 +1,1 @@
+"""The check before the first step, on the command line."""
