@@ -62,6 +62,7 @@ class Averaging:
         """
         self._random.restore()
         replayer = Replayer(self._table, self._calls, restoring=restoring)
+        torch.clear_autocast_cache()  # it holds other weights
         with self._buffers.apart(exploring=self._news), torch.no_grad(), replayer:
             loss = self._closure()
         replayer.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradmon_integrations.workloads.average_gradient.midpoint import Midpoint
 from gradmon_integrations.workloads.average_gradient.slopes import NEAR, Form, secant
@@ -19,13 +19,14 @@ class Call:
         shape: Of its input.
         options: Its other arguments, without tensors.
         weight: The weight of a linear function.
+        lasting: Whether the weight is a parameter.
         x: Its input, as it was then; None where no slope is wanted.
         y: Its output, likewise.
         versions: Of the two, to see whether somebody wrote into them later.
         inner: The node that the gradient of x leaves.
         outer: The node that the gradient of y enters; the same one for a function with a node of its own.
         slope: What stands for the derivative; None while that does itself.
-        near: Where the derivative stands for itself even so.
+        near: 1 where the derivative stands for itself even so, 0 elsewhere; None for 0 everywhere.
         received: The gradient of y, on its way from `outer` to `inner`.
         middle: For a linear function, its Jacobians at the midpoint, if those are wanted.
     """
@@ -33,6 +34,7 @@ class Call:
     __slots__ = (
         "form",
         "inner",
+        "lasting",
         "middle",
         "near",
         "options",
@@ -48,6 +50,8 @@ class Call:
 
     def __init__(self, form: Form, shape: torch.Size, options: tuple[Any, ...], weight: Tensor | None) -> None:
         self.form, self.shape, self.options, self.weight = form, shape, options, weight
+        # The first question is far quicker than the second, and mostly settles it.
+        self.lasting = type(weight) is nn.Parameter or (weight is not None and isinstance(weight, nn.Parameter))
         self.x: Tensor | None = None
         self.y: Tensor | None = None
         self.versions = (0, 0)
@@ -93,23 +97,26 @@ class Call:
     def _replace(self, inputs: Any, outputs: Any) -> Any:
         slope, near = self.slope, self.near
         arriving = outputs[0] if self.inner is self.outer else self.received
-        if slope is None or near is None or arriving is None or inputs[0] is None:
+        if slope is None or arriving is None or inputs[0] is None:
             return None
-        return (torch.where(near, inputs[0], slope.mul_(arriving)),)
+        averaged = slope.mul_(arriving)
+        # At weights 0 and 1 `lerp` returns its ends as they are.
+        return (averaged if near is None else averaged.lerp_(inputs[0], near),)
 
     def between(self, x_after: Tensor, y_after: Tensor) -> None:
         """Note the slope from the input and output that were kept to those after the step."""
         x, y, slope = self.x, self.y, self.form.slope
         if x is None or y is None or slope is None:
             return
+        moved = torch.sub(x_after, x)
+        self.near = _near(moved)
         if slope is secant:
             # The same numbers as `secant`, with one difference of the inputs for both purposes.
-            moved = torch.sub(x_after, x)
-            self.slope = torch.sub(y_after, y).div_(moved)
-            self.near = moved.abs_().le(NEAR)
+            self.slope = torch.sub(y_after, y).div_(moved if self.near is None else moved.add_(self.near))
         else:
             self.slope = slope(x, y, x_after, y_after).clone()
-            self.near = torch.sub(x_after, x).abs_().le(NEAR)
+            if self.near is not None:
+                self.slope.masked_fill_(self.near.bool(), 0)
 
     def release(self) -> None:
         """Let go of all tensors and nodes, which refer to each other in a circle."""
@@ -118,3 +125,12 @@ class Call:
         if self.middle is not None:
             self.middle.release()
             self.middle = None
+
+
+def _near(moved: Tensor) -> Tensor | None:
+    """1 where inputs hardly move, 0 elsewhere; None for 0 everywhere."""
+    distances = moved.abs()
+    # On other devices a look at a number would have to wait for all that was started before.
+    if moved.device.type == "cpu" and moved.numel() and float(distances.min()) > NEAR:
+        return None
+    return torch.le(distances, NEAR, out=distances)  # as floating-point numbers, since choosing by booleans is slow

@@ -40,7 +40,8 @@ class Midpoint:
         Returns:
             z.
         """
-        self._sources = [x, weight.detach()]
+        # Either may be a parameter, which is about to have other values.
+        self._sources = [x.detach() if x.is_leaf else x, weight.detach()]
         inner = [source.view_as(source) if source.requires_grad else source for source in (x, weight)]
         self._entries = [source.grad_fn if source.requires_grad else None for source in inner]
         z = self._function(*inner, *self._rest, **self._named)

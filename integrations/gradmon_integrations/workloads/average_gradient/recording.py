@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
 
@@ -99,8 +99,8 @@ class Recorder(TorchFunctionMode):
         if form is not None:
             x, rest, named = _input(args, kwargs)
             return self._nonlinear(form, func, x, rest, named)
-        if func in self._linears and len(args) > 1:
-            return self._linear(self._linears[func], func, args, kwargs)
+        if func in self._linears:
+            return self._linear(self._linears[func], func, *_operands(args, kwargs))
         self.opaque = self.opaque or func is F.multilabel_soft_margin_loss
         refuse(self._table, func)
         return func(*args, **kwargs)
@@ -108,25 +108,21 @@ class Recorder(TorchFunctionMode):
     def kind(self) -> tuple[Any, ...]:
         """What tells this forward pass from others: the functions and weights in their order."""
         # Other weights than parameters are made anew in each forward pass.
-        return tuple(
-            (call.form.key, id(call.weight) if isinstance(call.weight, nn.Parameter) else 0) for call in self.calls
-        )
+        return tuple((call.form.key, id(call.weight) if call.lasting else 0) for call in self.calls)
 
     def release(self) -> None:
         """Let go of all tensors and nodes."""
         for call in self.calls:
             call.release()
 
-    def _linear(self, form: Form, func: Any, args: Any, kwargs: Any) -> Any:
-        x, weight, *rest = args
+    def _linear(self, form: Form, func: Any, x: Tensor, weight: Tensor, rest: list[Any], kwargs: dict[str, Any]) -> Any:
         call = Call(form, x.shape, (), weight)
         self.calls.append(call)
         if len(self.calls) == 1 and not x.requires_grad:
             call.x = x  # the data: it must be the same in the replay
-        if not self._table.midpoint or not torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        if not (x.requires_grad or weight.requires_grad):
-            return func(*args, **kwargs)
+        curved = self._table.midpoint and torch.is_grad_enabled()
+        if not (curved and (x.requires_grad or weight.requires_grad)):
+            return func(x, weight, *rest, **kwargs)
         call.middle = Midpoint(func, rest, kwargs)
         return call.middle.call(x, weight)
 
@@ -196,12 +192,13 @@ class Replayer(TorchFunctionMode):
         if form is not None:
             x, rest, named = _input(args, kwargs)
             return self._nonlinear(form, func, x, rest, named)
-        if func in self._linears and len(args) > 1:
-            call = self._next(self._linears[func], args[0], (), args[1])
-            if call.x is not None and not _same(call.x, args[0]):
+        if func in self._linears:
+            x, weight, _, _ = _operands(args, kwargs)
+            call = self._next(self._linears[func], x, (), weight)
+            if call.x is not None and not _same(call.x, x):
                 raise ReplayError(_OTHER_DATA)
             if call.middle is not None and not self._restoring:
-                call.middle.between(args[0], args[1])
+                call.middle.between(x, weight)
         return func(*args, **kwargs)
 
     def _nonlinear(self, form: Form, func: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -228,7 +225,7 @@ class Replayer(TorchFunctionMode):
         if call.shape != x.shape:
             shapes = f"{tuple(call.shape)}, and is now given {tuple(x.shape)}"
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, was given {shapes}.")
-        if isinstance(call.weight, nn.Parameter) and call.weight is not weight:
+        if call.lasting and call.weight is not weight:
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has another weight.")
         if call.options != options and _plain(call.options) != _plain(options):
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has other options.")
@@ -250,6 +247,16 @@ def _input(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], 
     if args:
         return args[0], args[1:], kwargs
     return kwargs["input"], (), {name: value for name, value in kwargs.items() if name != "input"}
+
+
+def _operands(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, list[Any], dict[str, Any]]:
+    """The input and the weight of a linear function, and its other arguments, by position and by name."""
+    if len(args) > 1:
+        x, weight, *rest = args
+        return x, weight, rest, kwargs
+    named = dict(kwargs)
+    x = args[0] if args else named.pop("input")
+    return x, named.pop("weight"), [], named
 
 
 def refuse(table: Table, func: Any) -> None:

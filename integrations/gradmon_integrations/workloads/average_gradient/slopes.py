@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodDescriptorType
 from typing import Any
 
 import torch
@@ -114,6 +114,16 @@ def forms(functions: Mapping[Function, Slope]) -> dict[Any, Form]:
     for key, slope in functions.items():
         found[key] = Form(key, name_of(key), slope)
     return found
+
+
+def is_seen(function: Any) -> bool:
+    """Whether calls of a function can be seen: those of torch can, and what asks ``__torch_function__`` as they do."""
+    if any(getattr(place, name_of(function), None) is function for place in _PLACES):
+        return True
+    if isinstance(function, FunctionType):
+        return "handle_torch_function" in function.__code__.co_names
+    operators = torch._ops.OpOverloadPacket, torch._ops.OpOverload
+    return isinstance(function, (BuiltinFunctionType, MethodDescriptorType, *operators))
 
 
 def _overloads(function: Any) -> list[Any]:
