@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from gradmon_integrations.workloads.average_gradient.update import SMALL, copy_a
 
 
 class OptimizerState:
-    """A copy of an optimizer's state, to be put back if the step cannot be finished.
+    """Room for a copy of an optimizer's state, to be put back if a step cannot be finished.
 
     Args:
         optimizer: The optimizer.
@@ -25,29 +26,56 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: Optimizer, most: int) -> None:
-        self._optimizer = optimizer
+        self._optimizer, self._most = optimizer, most
+        self._tensors: list[Tensor] = []
+        self._small: list[list[Tensor]] = []
+        self._large: list[Tensor] = []
+        self._spare: list[Tensor] = []
+        self._joined: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
-        tensors = (value for held in optimizer.state.values() for value in held.values() if isinstance(value, Tensor))
-        self._whole = sum(tensor.nbytes for tensor in tensors) <= most
+        self._states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
+        self._others: dict[Any, Any] = {}
+        self._whole = True
+
+    def keep(self) -> None:
+        """Copy the state as it is now."""
+        states = [(key, held) for key, held in self._optimizer.state.items() if isinstance(held, dict)]
+        tensors = [value for _, held in states for value in held.values() if isinstance(value, Tensor)]
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            self._sort(tensors)
         if not self._whole:
             return
         self._groups = [
             {name: _copied(value) for name, value in group.items() if name != "params"}
-            for group in optimizer.param_groups
+            for group in self._optimizer.param_groups
         ]
-        self._states = [(parameter, held, dict(held)) for parameter, held in optimizer.state.items()]
+        self._others = {
+            key: copy.deepcopy(held) for key, held in self._optimizer.state.items() if not isinstance(held, dict)
+        }
+        self._states = [(key, held, dict(held)) for key, held in states]
+        for _, _, kept in self._states:
+            for name, value in kept.items():
+                if not isinstance(value, Tensor | int | float | str | None):
+                    kept[name] = copy.deepcopy(value)
+        self._joined = [flattened(many) for many in self._small]
+        for number, value in enumerate(self._large):
+            if self._spare[number].shape == value.shape and value.layout == torch.strided:
+                self._spare[number].copy_(value.detach())
+            else:
+                self._spare[number] = value.detach().clone()
+
+    def _sort(self, tensors: list[Tensor]) -> None:
+        """Look at tensors that are new: small ones are copied together."""
+        self._tensors, self._large, self._spare = tensors, [], []
+        self._whole = sum(tensor.nbytes for tensor in tensors) <= self._most
         small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        self._large: list[tuple[Tensor, Tensor]] = []
-        for _, held, kept in self._states:
-            for name, value in held.items():
-                if not isinstance(value, Tensor):
-                    if not isinstance(value, int | float | str | bool | None):
-                        kept[name] = copy.deepcopy(value)
-                elif value.numel() > SMALL or value.layout != torch.strided:
-                    self._large.append((value, value.detach().clone()))
-                else:
-                    small.setdefault((value.dtype, value.device), []).append(value)
-        self._small = [(many, flattened(many)) for many in small.values()]
+        for tensor in tensors if self._whole else ():
+            if tensor.numel() > SMALL or tensor.layout != torch.strided:
+                self._large.append(tensor)
+            else:
+                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        self._small = list(small.values())
+        self._spare = [torch.empty(0)] * len(self._large)
 
     def restore(self) -> bool:
         """Put the state back, into the tensors that it was in; whether there was a copy of it."""
@@ -58,15 +86,16 @@ class OptimizerState:
                 params = group["params"]
                 group.clear()
                 group.update(kept, params=params)
-            for value, kept in self._large:
+            for value, kept in zip(self._large, self._spare, strict=True):
                 value.copy_(kept)
-            for many, kept in self._small:
+            for many, kept in zip(self._small, self._joined, strict=True):
                 copy_all(many, unflattened(kept, many))
         self._optimizer.state.clear()
-        for parameter, held, kept in self._states:
+        self._optimizer.state.update(self._others)
+        for key, held, kept in self._states:
             held.clear()
             held.update(kept)
-            self._optimizer.state[parameter] = held
+            self._optimizer.state[key] = held
         return True
 
 
@@ -75,7 +104,7 @@ def _copied(value: Any) -> Any:
 
 
 class Buffers:
-    """The buffers of the modules that a closure calls, found as they are called."""
+    """The buffers of the modules that a closure calls, and of their parts, found as they are called."""
 
     def __init__(self) -> None:
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -90,9 +119,7 @@ class Buffers:
         """Find modules that are called, and keep what their buffers hold before."""
 
         def look(module: nn.Module, inputs: Any) -> None:
-            if module._buffers and module not in self._modules:
-                self._modules.add(module)
-                self._before.append((module, _contents(module)))
+            self._before += self._unknown(module)
 
         handle = register_module_forward_pre_hook(look)
         try:
@@ -120,10 +147,9 @@ class Buffers:
                     module._buffers[name] = twins.setdefault(id(buffer), kept.clone())
 
         def look(module: nn.Module, inputs: Any) -> None:
-            if module._buffers and module not in self._modules:
-                self._modules.add(module)
-                self._before.append((module, _contents(module)))
-                exchange(*self._before[-1])
+            for found, contents in self._unknown(module):
+                self._before.append((found, contents))
+                exchange(found, contents)
 
         handle = register_module_forward_pre_hook(look) if exploring else None
         try:
@@ -136,6 +162,12 @@ class Buffers:
             for module, buffers in now:
                 module._buffers.clear()
                 module._buffers.update(buffers)
+
+    def _unknown(self, module: nn.Module) -> list[tuple[nn.Module, dict[str, Tensor]]]:
+        """Those of a module and its parts, whether called or not, that were not known, with their contents."""
+        found = [part for part in module.modules() if part._buffers and part not in self._modules]
+        self._modules.update(found)
+        return [(part, _contents(part)) for part in found]
 
     def restore(self) -> None:
         """Put the contents back that were kept."""

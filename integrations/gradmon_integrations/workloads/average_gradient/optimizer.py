@@ -12,15 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradmon._errors import ArgumentError, GradmonError
-from gradmon.observers import PassiveObserver
-from gradmon.probes import StepWatch
 from gradmon_integrations.workloads.average_gradient.averaging import Averaging, place
 from gradmon_integrations.workloads.average_gradient.graph import check_graph
 from gradmon_integrations.workloads.average_gradient.keeping import Buffers, OptimizerState
 from gradmon_integrations.workloads.average_gradient.measurement import Measurement
 from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
 from gradmon_integrations.workloads.average_gradient.recording import Recorder, Table
-from gradmon_integrations.workloads.average_gradient.slopes import FUNCTIONS, Function, Slope
+from gradmon_integrations.workloads.average_gradient.slopes import FUNCTIONS, Function, Slope, is_seen
 from gradmon_integrations.workloads.average_gradient.update import Candidate, copy_all
 
 Closure = Callable[[], Tensor]
@@ -29,10 +27,6 @@ Linear = Literal["plain", "midpoint"]
 _ADVANCED = (
     "The base optimizer's state has taken up the gradient of the step that failed: it was larger than `undo` of "
     "AverageGradient."
-)
-_NO_LOSS = (
-    "A monitor that watches AverageGradient needs a `loss`: Monitor(model, optimizer, loss). Without one it reads the "
-    "gradients of the training's own backward passes, of which a step here has several."
 )
 _RETURNS = "be a function that returns the loss, and leaves the backward pass to the optimizer"
 
@@ -58,8 +52,9 @@ class AverageGradient(Optimizer):
     The base optimizer makes its own step once per step, with the ordinary gradient: its state (momentum, averages of
     squares) never sees the average gradient, and weight decay is part of its step's length. Where sgn(a) = sgn(g) its
     step stands as it is, bit by bit, with whatever momentum and weight decay made of it; where not, the weight moves by
-    the length of that step, against a. Where a is zero and g is not, it stays. Hence a network without nonlinearities
-    trains as with the base optimizer alone, whichever that is. Where a is not a number, the base's step stands.
+    the length of that step, against a (along a in groups with ``maximize=True``). Where a is zero and g is not, it
+    stays. Hence a network without nonlinearities trains as with the base optimizer alone, whichever that is. Where a is
+    not a number, the base's step stands.
 
     The closure is called once for each iteration, with the same random numbers (torch's; also numpy's and Python's, if
     it draws from them the first time), and buffers as the first call found them: dropout repeats its mask, and the
@@ -70,10 +65,11 @@ class AverageGradient(Optimizer):
     Beside what the base optimizer takes, a step holds one more copy of the weights, two with more than 2 iterations,
     and the inputs and outputs of the nonlinearities.
 
-    After the step `grad` holds the ordinary gradient; what it held before is replaced, so there is no need for
-    `zero_grad`. Gradients of other leaves, such as another optimizer's parameters, accumulate as by one backward pass.
-    Gradients can be clipped in a hook on the base optimizer: ``base.register_step_pre_hook``. Hooks of modules and
-    tensors on gradients are called in each backward pass. One process only: gradients are not reduced over processes.
+    After the step `grad` holds what the base optimizer left there, the ordinary gradient; what it held before is
+    replaced, so there is no need for `zero_grad`. Gradients of other leaves, such as another optimizer's parameters,
+    accumulate as by one backward pass. Gradients can be clipped in a hook on the base optimizer:
+    ``base.register_step_pre_hook``. Hooks of modules and tensors on gradients are called in each backward pass. One
+    process only: gradients are not reduced over processes.
 
     Source: "Efficient gradient-based algorithm for training deep learning models with many nonlinear activations",
     algorithm 2, whose update lacks the minus, and Eq. 5 to 7.
@@ -81,7 +77,8 @@ class AverageGradient(Optimizer):
     Args:
         base_optimizer: Any optimizer that steps without a closure. Its parameter groups and its state are shared.
         iterations: n, at least 1.
-        functions: The functions that are averaged, each with its slope.
+        functions: The functions that are averaged, each with its slope. They are functions of torch, or your own if
+            ``torch.overrides.wrap_torch_function`` decorates them: calls of others are not seen.
         linear: Whether linear layers keep their Jacobians ("plain") or take those of the step's middle ("midpoint").
         measure: Whether to compare each step with the base optimizer's, for one more forward pass a step.
         undo: Up to how many bytes of the base optimizer's state are copied before each step.
@@ -89,6 +86,7 @@ class AverageGradient(Optimizer):
     Attributes:
         base: The base optimizer.
         measurement: What was measured.
+        several_passes: That a step has several backward passes: a monitor needs a loss of its own.
 
     Raises:
         ArgumentError: An argument is not what it must be.
@@ -103,6 +101,8 @@ class AverageGradient(Optimizer):
         >>> loss.requires_grad
         False
     """
+
+    several_passes = True
 
     def __init__(
         self,
@@ -132,6 +132,7 @@ class AverageGradient(Optimizer):
         self._optimizer_load_state_dict_post_hooks = base._optimizer_load_state_dict_post_hooks
         self._table = Table(self.functions, self.linear == "midpoint")
         self._buffers = Buffers()
+        self._state = OptimizerState(self.base, self.undo)
         self._candidate: Candidate | None = None
         self._known: set[tuple[Any, ...]] = set()
         self._explore, self._copying, self._all_random = True, False, True
@@ -168,13 +169,11 @@ class AverageGradient(Optimizer):
 
         Raises:
             ArgumentError: The closure is not one, or does not return such a loss.
-            GradmonError: A gradient is sparse or complex, a function hides nonlinearities, the closure did not do the
-                same when it was called again, or a monitor without a loss watches.
+            GradmonError: A gradient is sparse or complex, a function hides nonlinearities, or the closure did not do
+                the same when it was called again.
         """
         if not callable(closure):
             raise ArgumentError("closure", _RETURNS, closure)
-        if self._optimizer_step_pre_hooks and any(map(_is_passive, self._optimizer_step_pre_hooks.values())):
-            raise GradmonError(_NO_LOSS)
         parameters = [parameter for group in self.base.param_groups for parameter in group["params"]]
         random = RandomStates(all_kinds=self._explore or self._all_random)
         self._buffers.keep()
@@ -193,7 +192,8 @@ class AverageGradient(Optimizer):
             loss.backward(retain_graph=not plain)
             active = [parameter for parameter in parameters if parameter.grad is not None]
             _check_gradients(active)
-            state = OptimizerState(self.base, self.undo)
+            self._state.keep()
+            state = self._state
             if plain:
                 self.base.step()
             elif active:
@@ -217,6 +217,7 @@ class AverageGradient(Optimizer):
         Raises:
             ArgumentError: It is no loss.
         """
+        torch.clear_autocast_cache()  # it holds the weights of the last step
         with self._buffers.exploring() if explore else nullcontext(), torch.enable_grad(), recorder:
             loss: Any = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
@@ -249,8 +250,12 @@ class AverageGradient(Optimizer):
             if candidate is None or not candidate.fits(active):
                 candidate = self._candidate = Candidate(active)
             origin = [parameter.data for parameter in active]
-            gradients = [cast("Tensor", parameter.grad) for parameter in active]
+            ascending = self._ascending(active)
             losses: list[Tensor] = []
+            # Behind the hooks of others, which may change the gradients, and before the base, which may, too.
+            note = self.base.register_step_pre_hook(
+                lambda *_: candidate.note([parameter.grad for parameter in active], ascending)
+            )
             try:
                 candidate.begin(origin)
                 place(active, candidate.values)
@@ -258,13 +263,18 @@ class AverageGradient(Optimizer):
                 with cast("Any", torch.autograd)._unsafe_preserve_version_counter(tuple(active)):
                     self.base.step()
                 after = RandomStates(all_kinds=self._all_random)
+                gradients = [parameter.grad for parameter in active]
                 candidate.collect(active)
+                if candidate.lost:
+                    place(active, origin)
+                    candidate.note(averaging.gradient(active, last=False), ascending)
+                    place(active, candidate.values)
                 point: Sequence[Tensor] = origin
                 for left in range(self.iterations - 2, -1, -1):
                     losses.append(averaging.replay())
                     place(active, origin)
                     average = averaging.gradient(active, last=left == 0)
-                    point = candidate.signed(origin, gradients, average, last=not (left or self.measure))
+                    point = candidate.signed(origin, average, last=not (left or self.measure))
                     place(active, point)
                     del average  # the next one is to find its memory free
                 if self.measure:
@@ -272,11 +282,18 @@ class AverageGradient(Optimizer):
                     copy_all(origin, point)
                     self.measurement.add(*(float(loss.detach()) for loss in (averaging.loss, losses[0], losses[-1])))
             finally:
+                note.remove()
                 place(active, origin)
             torch.autograd.graph.increment_version(active)
             for parameter, gradient in zip(active, gradients, strict=True):
                 parameter.grad = gradient
             after.restore()
+
+    def _ascending(self, active: Sequence[Tensor]) -> list[int]:
+        """The places of the parameters that are stepped along their gradients."""
+        groups = [group for group in self.base.param_groups if group.get("maximize")]
+        of_groups = {id(parameter) for group in groups for parameter in group["params"]}
+        return [place for place, parameter in enumerate(active) if id(parameter) in of_groups] if groups else []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer."""
@@ -321,15 +338,9 @@ def _check(base: Any, iterations: Any, functions: Mapping[Function, Slope], line
     for function, slope in functions.items():
         if not callable(function) or not callable(slope):
             raise ArgumentError("functions", "lead from functions to their slopes", f"{function!r}: {slope!r}")
-
-
-def _is_passive(hook: Any) -> bool:
-    """Whether a hook is that of a monitor without a loss."""
-    watch = getattr(hook, "__self__", None)
-    if not isinstance(watch, StepWatch):
-        return False
-    cells = getattr(watch._wanted, "__closure__", None) or ()
-    return any(isinstance(getattr(cell.cell_contents, "_observer", None), PassiveObserver) for cell in cells)
+        if not is_seen(function):
+            must = "be functions of torch, or decorated with torch.overrides.wrap_torch_function: others are not seen"
+            raise ArgumentError("functions", must, repr(function))
 
 
 def _check_gradients(parameters: Sequence[Tensor]) -> None:

@@ -1,0 +1,130 @@
+"""The average gradient where something around the model could give it wrong slopes."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from gradmon._errors import ArgumentError
+from gradmon_integrations.workloads.average_gradient import FUNCTIONS, AverageGradient, secant
+from tests.integrations.workloads.average_models import batch, chain, closure_of, state_of
+
+
+def test_weights_that_autocast_keeps_are_not_those_of_the_step_before() -> None:
+    def weights(around: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        first, second, x = nn.Linear(5, 32), nn.Linear(32, 3), torch.randn(6, 5)
+        parameters = [*first.parameters(), *second.parameters()]
+        optimizer = AverageGradient(torch.optim.SGD(parameters, lr=5.0))
+
+        def loss() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return second(torch.tanh(2 * first(x).float())).float().square().mean()
+
+        for _ in range(5):
+            with torch.autocast("cpu", dtype=torch.bfloat16) if around else nullcontext():
+                optimizer.step(loss)
+        return parameters
+
+    for one, other in zip(weights(True), weights(False), strict=True):
+        assert torch.equal(one, other)
+
+
+class Holder(nn.Module):
+    """Uses the parts of a part that is not called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        h = F.batch_norm(
+            self.first(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, training=True, momentum=0.1
+        )
+        return self.last(torch.tanh(h))
+
+
+def test_buffers_of_parts_that_are_not_called_change_once_a_step() -> None:
+    torch.manual_seed(0)
+    model, data = Holder().double(), batch(8, 5, 3)
+    once = 0.1 * model.first(data[0]).mean(0).detach()
+    AverageGradient(torch.optim.SGD(model.parameters(), lr=0.5), iterations=3).step(closure_of(model, data))
+    torch.testing.assert_close(model.norm.running_mean, once, rtol=0, atol=1e-14)
+
+
+class Queries(nn.Module):
+    """A linear layer whose input is a parameter."""
+
+    def __init__(self, *, viewed: bool, named: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.weight = nn.Parameter(torch.randn(8, 5)), nn.Parameter(torch.randn(3, 5))
+        self.viewed, self.named = viewed, named
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.queries * 1 if self.viewed else self.queries
+        if self.named:
+            return torch.tanh(F.linear(input=queries, weight=self.weight)) + x
+        return torch.tanh(F.linear(queries, self.weight)) + x
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("viewed", [False, True])
+def test_the_midpoint_of_a_layer_that_is_given_a_parameter(viewed: bool, named: bool) -> None:
+    model = Queries(viewed=viewed, named=named).double()
+    data = batch(8, 3, 3)
+    q, w = model.queries.detach().clone(), model.weight.detach().clone()
+    z = q @ w.T
+    out = torch.tanh(z) + data[0]
+    back = 2 * (out - data[1]) / data[1].numel()
+    g_z = back * (1 - torch.tanh(z) ** 2)
+    q_after, w_after = q - 2.0 * g_z @ w, w - 2.0 * g_z.T @ q
+    z_after = q_after @ w_after.T
+    a_z = back * (torch.tanh(z_after) - torch.tanh(z)) / (z_after - z)
+    a_q, a_w = a_z @ (w + w_after) / 2, a_z.T @ (q + q_after) / 2
+    assert not torch.equal(a_w.sign(), (g_z.T @ q).sign())
+    AverageGradient(torch.optim.SGD(model.parameters(), lr=2.0), linear="midpoint").step(closure_of(model, data))
+    for got, start, after, a in ((model.queries, q, q_after, a_q), (model.weight, w, w_after, a_w)):
+        torch.testing.assert_close(got.detach(), start - (after - start).abs() * a.sign(), rtol=0, atol=1e-12)
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+class Square(torch.autograd.Function):
+    """Something that no mode sees."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+@pytest.mark.parametrize("function", [swish, nn.ReLU, nn.ReLU(), Square.apply, lambda x: x])
+def test_functions_whose_calls_cannot_be_seen_are_refused(function: Any) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(ArgumentError, match=r"`functions` must be functions of torch, or decorated with torch.over"):
+        AverageGradient(optimizer, functions={**FUNCTIONS, function: secant})
+
+
+def test_a_decorated_function_is_averaged_like_that_of_torch() -> None:
+    decorated = torch.overrides.wrap_torch_function(lambda x: (x,))(swish)
+    states = []
+    for function in (decorated, F.silu):
+        model, data = chain(function, [5, 6, 6, 3]), batch(8, 5, 3)
+        optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.3), functions={function: secant})
+        for _ in range(3):
+            optimizer.step(closure_of(model, data))
+        states.append(state_of(model))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-12)
