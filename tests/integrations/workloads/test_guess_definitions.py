@@ -290,7 +290,7 @@ def test_what_differs_between_passes_is_refused() -> None:
             self.calls += 1
             return self.b(self.a(x)) if self.calls % 2 else self.a(x)
 
-    with pytest.raises(ArgumentError, match="`model` must call the same layers"):
+    with pytest.raises(ArgumentError, match="`model` must compute the same in every forward pass"):
         estimate_gradient(Changing().double(), each, make()[1], ActivationPerturbation())
 
 

@@ -211,7 +211,16 @@ def test_unit_vectors_at_pre_activations_add_up_to_the_gradient(name: str, loss:
     units = UnitActivations(structure.sites)
     assert units.count > 0
     # Length 1 they have already: but what is guessed directly then has passes of its own.
-    found = estimate_gradient(model, loss, batch, units, guesses=units.count, normalize="example", hold=hold)  # type: ignore[arg-type]
+    found = estimate_gradient(
+        model,
+        loss,
+        batch,
+        units,  # type: ignore[arg-type]
+        guesses=units.count,
+        normalize="example",
+        hold=hold,
+        generator=torch.Generator(),
+    )
     for key in set(truth) - structure.direct:
         torch.testing.assert_close(found[key] * units.count, truth[key], rtol=1e-11, atol=1e-13)
 
@@ -222,7 +231,7 @@ def test_unit_vectors_of_the_weights_add_up_to_the_gradient(name: str, loss: Los
     model, batch = make(name)
     truth = true_gradient(model, loss, batch)
     count = sum(part.numel() for key, part in truth.items() if key != "unused")
-    found = estimate_gradient(model, loss, batch, UnitWeights(), guesses=count)  # type: ignore[arg-type]
+    found = estimate_gradient(model, loss, batch, UnitWeights(), guesses=count, generator=torch.Generator())  # type: ignore[arg-type]
     for key, wanted in truth.items():
         torch.testing.assert_close(found[key] * count, wanted, rtol=1e-11, atol=1e-13)
 

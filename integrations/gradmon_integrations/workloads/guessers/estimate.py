@@ -15,11 +15,10 @@ from gradmon._tensors import length
 from gradmon._types import Batch, Loss
 from gradmon_integrations.workloads.guessers.guesser import ActivationGuesser, Guesser, WeightGuesser
 from gradmon_integrations.workloads.guessers.noise import Noise, Seeded
-from gradmon_integrations.workloads.guessers.passes import Inject, Passes
+from gradmon_integrations.workloads.guessers.passes import SEEDS, Inject, Passes
 from gradmon_integrations.workloads.guessers.recording import Site
 
 Normalize = Literal["none", "example"]
-_SEEDS = 2**32
 _CHUNK = 16
 """How many guesses share one plain forward pass, at most."""
 
@@ -70,7 +69,8 @@ def estimate_gradient(
             outputs, and is left out of the guess. The paper takes the error vector of the last layer as known.
         normalize: ``"example"`` scales each example's guess, taken over all layers' pre-activations, to length 1 (and
             a guess of weights as a whole), which makes the estimate a projection of the gradient; ``"none"`` leaves it.
-        generator: Where the seeds of the guesses come from; None for torch's global generator.
+        generator: Where the seeds of the guesses come from; None for torch's global generator, of which one number is
+            used before the model draws any of its own.
         hold: Whether to hold the guesses until their derivatives are known, instead of making them a second time:
             faster, with the memory of a backward pass.
 
@@ -134,9 +134,7 @@ class _Estimate:
         self.sums = {name: torch.zeros_like(p.detach()) for name, p in passes.parameters.items()}
         self.vectorised = True
         # One draw, whatever the guesser, keeps the course of the caller's generator the same for all of them.
-        device = None if generator is None else generator.device
-        first = int(torch.randint(_SEEDS, (), generator=generator, device=device))
-        self._seeds = torch.Generator().manual_seed(first)
+        self._seeds = torch.Generator().manual_seed(passes.seed(generator))
         self._gradient: dict[str, Tensor] | None = None
         self._again: dict[int, list[tuple[int, Tensor]]] = {}
         self._held: dict[int, Tensor] = {}
@@ -148,6 +146,8 @@ class _Estimate:
         needs = "nothing" if active is None else active.needs
         self.structure = structure = passes.record(needs != "nothing", needs == "values")
         self.apart = structure.loss.ndim == 1 or passes.examples == 1
+        # vmap draws masks in another order than a plain pass where a tensor is not contiguous.
+        self.vectorised = not structure.random
         sites = [site for site in structure.sites if site.guessed]
         last = sites[-1] if settings.exact_last and sites else None
         if active is None and last is not None:
@@ -166,7 +166,7 @@ class _Estimate:
         return self.sums, self._collect(sites, last, errors)
 
     def _seed(self) -> int:
-        return int(torch.randint(_SEEDS, (), generator=self._seeds))
+        return int(torch.randint(SEEDS, (), generator=self._seeds))
 
     def _alone(self, last: Site) -> Site | None:
         """The last layer with those of its parameters that no other layer uses."""

@@ -9,13 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from gradmon._batches import example_count, map_tensors
 from gradmon._errors import ArgumentError
@@ -24,8 +24,12 @@ from gradmon._sandbox import QUIET
 from gradmon._snapshot import ModuleState, RandomState, modules_behind
 from gradmon._types import Batch, Loss
 from gradmon_integrations.workloads.guessers.layers import layer_call
+from gradmon_integrations.workloads.guessers.mode import Mode
 from gradmon_integrations.workloads.guessers.recording import Site, Structure, record
+from gradmon_integrations.workloads.guessers.replay import alike
 
+SEEDS = 2**32
+"""How many seeds torch's generator on the CPU tells apart."""
 Inject = Callable[[Site], Tensor | None]
 """From a layer to the tangents of its z, (count, *z.shape), or None for none."""
 
@@ -94,6 +98,13 @@ class Passes:
             if self._modules is not None:
                 self._modules.restore()
 
+    def seed(self, generator: torch.Generator | None) -> int:
+        """A number from a generator, None for torch's global one: drawn for good, before the first pass."""
+        device = None if generator is None else generator.device
+        found = int(torch.randint(SEEDS, (), generator=generator, device=device))
+        self._random = RandomState()
+        return found
+
     def _rewind(self) -> None:
         for held, value in self._buffers:
             held.data.copy_(value)
@@ -145,19 +156,26 @@ class Passes:
             (count,), or (count, B) where the loss is one value per example.
 
         Raises:
-            ArgumentError: Some function has no forward-mode derivative.
+            ArgumentError: Some function has no forward-mode derivative, or the passes differ.
+            RuntimeError: `torch.vmap` cannot take some function, or makes another loss of it.
         """
         if vectorised:
 
-            def one(place: Tensor) -> Tensor:
+            def one(place: Tensor) -> tuple[Tensor, Tensor]:
                 def along(unused: Tensor) -> Tensor:
                     return self._dual(structure, inject, directions, place) + 0 * unused
 
                 blank = torch.zeros((), dtype=structure.loss.dtype, device=structure.loss.device)
-                return torch.func.jvp(along, (blank,), (blank,))[1]
+                value, tangent, *_ = torch.func.jvp(along, (blank,), (blank,))
+                return value, tangent
 
             places = torch.arange(count, device=structure.loss.device)
-            return torch.func.vmap(one, randomness="same")(places)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="There is a performance drop", category=UserWarning)
+                values, tangents = torch.func.vmap(one, randomness="same")(places)
+            if not alike(values[0], structure.loss):
+                raise RuntimeError("another loss under vmap")
+            return tangents
         found: list[Tensor] = []
         for place in range(count):
             with forward_ad.dual_level():
@@ -166,7 +184,9 @@ class Passes:
                 except NotImplementedError as error:
                     must = "consist of functions that have a forward-mode derivative"
                     raise ArgumentError("model", must, str(error).partition("\n")[0]) from error
-            found.append(torch.zeros_like(value) if tangent is None else tangent)
+            if not alike(value.detach(), structure.loss):
+                _differs("`loss` of another value")
+            found.append(torch.zeros_like(value).detach() if tangent is None else tangent.detach())
         return torch.stack(found)
 
     def _dual(
@@ -174,24 +194,28 @@ class Passes:
     ) -> Tensor:
         duals = {name: forward_ad.make_dual(self.parameters[name].detach(), v[place]) for name, v in directions.items()}
         by_identity = {id(self.parameters[name]): dual for name, dual in duals.items()}
-        with _Injector(self._every, structure.sites, self.examples, inject, by_identity, place) as mode:
-            with _swapped(self.model, by_identity):
-                value = self.run()
-            mode.finish()
+        injector = _Injector(self._every, structure, self.examples, inject, by_identity, place)
+        with torch.enable_grad(), Mode(injector), _swapped(self.model, by_identity):
+            value = self.run()
+        injector.finish()
         return value
 
     def visit(self, structure: Structure, look: Callable[[Site, Tensor], None]) -> Tensor:
         """Run once more, and look at each layer's input x as it is called; the loss."""
-        return self._visited(structure, lambda site, x, z: look(site, x))
+        value = self._visited(structure, lambda site, x, z: look(site, x), False).detach()
+        if not alike(value, structure.loss):
+            _differs("`loss` of another value")
+        return value
 
     def tapped(self, structure: Structure, look: Callable[[Site, Tensor], None]) -> Tensor:
         """Run once more, and look at each layer's z as it comes out; the loss."""
-        return self._visited(structure, lambda site, x, z: look(site, z))
+        return self._visited(structure, lambda site, x, z: look(site, z), True)
 
-    def _visited(self, structure: Structure, look: Callable[[Site, Tensor, Tensor], None]) -> Tensor:
-        with _Visitor(self._every, structure.sites, self.examples, look) as mode:
+    def _visited(self, structure: Structure, look: Callable[[Site, Tensor, Tensor], None], graph: bool) -> Tensor:
+        visitor = _Visitor(self._every, structure.sites, self.examples, look)
+        with torch.enable_grad(), Mode(visitor, graph):
             value = self.run()
-            mode.finish()
+        visitor.finish()
         return value
 
 
@@ -234,7 +258,11 @@ def _swapped(model: nn.Module, duals: Mapping[int, Tensor]) -> Generator[None]:
             table[name] = parameter
 
 
-class _Follower(TorchFunctionMode):
+def _differs(got: str) -> NoReturn:
+    raise ArgumentError("model", "compute the same in every forward pass over a batch", got)
+
+
+class _Follower:
     """Meets the layers again, in the order in which they were recorded.
 
     Raises:
@@ -242,23 +270,18 @@ class _Follower(TorchFunctionMode):
     """
 
     def __init__(self, every: Mapping[int, str], sites: list[Site], examples: int) -> None:
-        super().__init__()
         self._every, self._sites, self._examples, self._met = every, sites, examples, 0
 
     def _next(self, shape: torch.Size) -> Site:
         site = self._sites[self._met] if self._met < len(self._sites) else None
         if site is None or site.shape != tuple(shape):
-            self._differs(f"output of shape {tuple(shape)}" if site is None else f"{tuple(shape)} after {site.shape}")
+            _differs(f"output of shape {tuple(shape)}" if site is None else f"{tuple(shape)} after {site.shape}")
         self._met += 1
-        assert site is not None
         return site
-
-    def _differs(self, got: str) -> None:
-        raise ArgumentError("model", "call the same layers in every forward pass over a batch", got)
 
     def finish(self) -> None:
         if self._met != len(self._sites):
-            self._differs(f"{self._met} layers after {len(self._sites)}")
+            _differs(f"{self._met} layers after {len(self._sites)}")
 
 
 class _Visitor(_Follower):
@@ -272,12 +295,12 @@ class _Visitor(_Follower):
         super().__init__(every, sites, examples)
         self._look = look
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        call = layer_call(func, args, kwargs, self._every)
-        z = func(*args, **kwargs)
+    def constant(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(*args, **kwargs)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = layer_call(function, args, kwargs, self._every)
+        z = function(*args, **kwargs)
         if call is not None and call[1].batched and z.ndim >= 2 and z.shape[0] == self._examples == call[0].shape[0]:
             self._look(self._next(z.shape), call[0], z)
         return z
@@ -287,13 +310,14 @@ class _Injector(_Follower):
     def __init__(
         self,
         every: Mapping[int, str],
-        sites: list[Site],
+        structure: Structure,
         examples: int,
         inject: Inject,
         duals: Mapping[int, Tensor],
         place: Tensor | int,
     ) -> None:
-        super().__init__({**every, **{id(dual): every[key] for key, dual in duals.items()}}, sites, examples)
+        super().__init__({**every, **{id(dual): every[key] for key, dual in duals.items()}}, structure.sites, examples)
+        self._layouts, self._calls = structure.layouts, 0
         self._inject, self._duals, self._place = inject, duals, place
 
     def _replaced(self, value: Any) -> Any:
@@ -303,26 +327,54 @@ class _Injector(_Follower):
             return type(value)(self._replaced(part) for part in value)
         return value
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def _laid_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a function that draws, in the order in memory that they had at first."""
+        strides = self._layouts.get(self._calls)
+        self._calls += 1
+        found = iter(strides or ())
+
+        def place(tensor: Tensor) -> Tensor:
+            wanted = next(found, tensor.stride())
+            if wanted == tensor.stride() or len(wanted) != tensor.ndim:
+                return tensor
+            laid = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device)
+            return laid.copy_(tensor)
+
+        return (args, kwargs) if strides is None else tree_map_only(Tensor, place, (args, kwargs))
+
+    def constant(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Without tangents; what is written to in place, and returned, keeps its own."""
+        originals: dict[int, Tensor] = {}
+
+        def plain(tensor: Tensor) -> Tensor:
+            found = forward_ad.unpack_dual(tensor)
+            if found.tangent is None:
+                return tensor
+            originals[id(found.primal)] = tensor
+            return found.primal
+
+        args, kwargs = tree_map_only(Tensor, plain, self._laid_out(args, kwargs))
+        result = function(*args, **kwargs)
+        return originals.get(id(result), result)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = self._laid_out(args, kwargs)
         if self._duals:
             args = tuple(self._replaced(value) for value in args)
             kwargs = {name: self._replaced(value) for name, value in kwargs.items()}
-        call = layer_call(func, args, kwargs, self._every)
+        call = layer_call(function, args, kwargs, self._every)
         if call is None:
-            return _STAND_INS.get(func, func)(*args, **kwargs)
+            return _STAND_INS.get(function, function)(*args, **kwargs)
         x, layer = call
         kept = forward_ad.unpack_dual(x)
         if not self._duals or not any(map(_is_dual, (layer.weight, layer.bias))):
             # One product instead of the two that autograd makes of a tangent that it does not know to be zero.
             replaced = [kept.primal if value is x else value for value in args]
             named = {name: kept.primal if value is x else value for name, value in kwargs.items()}
-            z = func(*replaced, **named)
+            z = function(*replaced, **named)
             tangent = None if kept.tangent is None else layer.push(kept.tangent)
         else:
-            z, tangent = forward_ad.unpack_dual(func(*args, **kwargs))
+            z, tangent = forward_ad.unpack_dual(function(*args, **kwargs))
         if layer.batched and z.ndim >= 2 and z.shape[0] == self._examples == x.shape[0]:
             y = self._inject(self._next(z.shape))
             if y is not None:

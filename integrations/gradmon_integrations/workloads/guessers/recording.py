@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from gradmon._batches import tensors
 from gradmon_integrations.workloads.guessers.layers import Layer, layer_call
+from gradmon_integrations.workloads.guessers.mode import Mode
+from gradmon_integrations.workloads.guessers.replay import random_states, same_states
 from gradmon_integrations.workloads.guessers.tape import Entry, Tape
 
 
@@ -76,15 +77,20 @@ class Structure:
         direct: The names of the parameters that are guessed directly.
         hidden: The names of those that no function was seen to read.
         loss: What the loss returned.
+        random: Whether the pass drew from torch's global generators.
+        layouts: For each call of a function that did, by its number, the strides of the tensors that it was given:
+            what is drawn goes by the order of the entries in memory.
     """
 
     sites: list[Site]
     direct: set[str]
     hidden: set[str]
     loss: Tensor
+    random: bool
+    layouts: dict[int, list[tuple[int, ...]]]
 
 
-class Recorder(TorchFunctionMode):
+class Recorder:
     """Notes the layers that are called, and who reads which parameter.
 
     Args:
@@ -98,10 +104,11 @@ class Recorder(TorchFunctionMode):
     def __init__(
         self, trainable: Mapping[int, str], every: Mapping[int, str], examples: int, tape: Tape | None, values: bool
     ) -> None:
-        super().__init__()
         self.sites: list[Site] = []
         self.seen: set[str] = set()
         self.direct: set[str] = set()
+        self.layouts: dict[int, list[tuple[int, ...]]] = {}
+        self._calls = 0
         self._trainable, self._every, self._examples = trainable, every, examples
         self._tape, self._values = tape, values
         self._blanks: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -110,18 +117,31 @@ class Recorder(TorchFunctionMode):
         """A tensor without entries, the same for all layers: one of each's own would keep the allocator from reuse."""
         return self._blanks.setdefault((z.dtype, z.device), torch.empty(0, dtype=z.dtype, device=z.device))
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        call = layer_call(func, args, kwargs, self._every)
+    def constant(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function that no gradient goes through: there is no more to it than what it draws."""
+        return self._watched(lambda: function(*args, **kwargs), args, kwargs)
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function, and note it."""
+        return self._watched(lambda: self._noted(function, args, kwargs), args, kwargs)
+
+    def _watched(self, call: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before, strides = random_states(), [tensor.stride() for tensor in tensors((args, kwargs))]
+        result = call()
+        if not same_states(before, random_states()):
+            self.layouts[self._calls] = strides
+        self._calls += 1
+        return result
+
+    def _noted(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        call = layer_call(function, args, kwargs, self._every)
         if call is None:
-            result = func(*args, **kwargs) if self._tape is None else self._tape.call(func, args, kwargs)
+            result = function(*args, **kwargs) if self._tape is None else self._tape.call(function, args, kwargs)
             self._note_parameters(args, kwargs, result)
             return result
         x, layer = call
         read = None if self._tape is None else self._tape.read(x)
-        z = func(*args, **kwargs)
+        z = function(*args, **kwargs)
         names = [None if held is None else self._trainable.get(id(held)) for held in (layer.weight, layer.bias)]
         self.seen.update(name for name in names if name is not None)
         if id(x) in self._trainable:
@@ -228,11 +248,15 @@ def record(
     """
     tape = Tape(values) if follow else None
     recorder = Recorder(trainable, every, examples, tape, values)
-    with torch.no_grad(), recorder:
-        loss = run()
+    before = random_states()
+    with torch.enable_grad(), Mode(recorder):
+        loss = run().detach()
+    drawn = not same_states(before, random_states())
     for site in recorder.sites:
         site.weight = None if site.weight in recorder.direct else site.weight
         site.bias = None if site.bias in recorder.direct else site.bias
     if tape is not None:
         link(recorder.sites, tape)
-    return Structure(recorder.sites, recorder.direct, set(trainable.values()) - recorder.seen, loss)
+    return Structure(
+        recorder.sites, recorder.direct, set(trainable.values()) - recorder.seen, loss, drawn, recorder.layouts
+    )

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from gradmon_integrations.workloads.guessers.replay import random_states, replayed, same_states
 
 _ELEMENTWISE_NAMES = (
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid softplus hardtanh hardswish hardsigmoid "
@@ -107,6 +109,7 @@ class Tape:
         versions = [tensor._version for tensor in read]
         before = [self._nodes[tensor] for tensor in read]
         kept = self._kept(function, flat, places)
+        states = random_states()
         result = function(*args, **kwargs)
         made = [value for value in tree_flatten(result)[0] if isinstance(value, Tensor) and value.is_floating_point()]
         changed = [tensor._version != version for tensor, version in zip(read, versions, strict=True)]
@@ -122,7 +125,8 @@ class Tape:
         elif function in VIEWS and len(read) == 1 and len(made) == 1:
             plain, pull = False, _view_pull(function, flat, layout, places[0], shapes[0])
         else:
-            plain, pull = False, _vjp_pull(function, kept, layout, places)
+            drawn = None if same_states(states, random_states()) else states
+            plain, pull = False, _vjp_pull(function, kept, layout, places, drawn)
         self.entries.append(Entry(tuple(before), nodes, pull, plain=plain))
         return result
 
@@ -184,19 +188,39 @@ def _view_pull(function: Any, flat: list[Any], layout: Any, place: int, shape: S
     return pull
 
 
-def _vjp_pull(function: Any, flat: list[Any], layout: Any, places: list[int]) -> Callable[..., Any]:
-    """The transposed Jacobian of this one function at what it was called with."""
+def _vjp_pull(
+    function: Any,
+    flat: list[Any],
+    layout: Any,
+    places: list[int],
+    states: Sequence[Tensor] | None = None,
+) -> Callable[..., Any]:
+    """The transposed Jacobian of this one function at what it was called with.
+
+    Args:
+        function: The function.
+        flat: Its arguments.
+        layout: How they were nested.
+        places: Those to differentiate by.
+        states: The random states from which it drew; None where it did not.
+    """
+    # Such as running statistics, which a second call must not move again: torch does not tell by their versions.
+    held = [at for at, value in enumerate(flat) if isinstance(value, Tensor) and not isinstance(value, nn.Parameter)]
+    others = [at for at in held if at not in places]
 
     def again(*read: Tensor) -> tuple[Tensor, ...]:
         inputs = list(flat)
         for at, tensor in zip(places, read, strict=True):
             inputs[at] = tensor.clone()  # functions may work in place
+        for at in others:
+            inputs[at] = flat[at].clone()
         args, kwargs = tree_unflatten(inputs, layout)
         made = [value for value in tree_flatten(function(*args, **kwargs))[0] if isinstance(value, Tensor)]
         return tuple(value for value in made if value.is_floating_point())
 
     def pull(made: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        values, transposed, *_ = torch.func.vjp(again, *(flat[at].detach() for at in places))
+        with replayed(states):
+            values, transposed, *_ = torch.func.vjp(again, *(flat[at].detach() for at in places))
         filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values, made, strict=True)]
         return [part.detach() for part in transposed(tuple(filled))]
 
