@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmon._errors import ArgumentError
+from gradmon._parameters import layer_of
 from gradmon._tensors import wide
 from gradmon._types import Batch, Loss
 from gradmon_integrations.workloads.guessers.comparing import cosines, true_gradient
@@ -54,12 +55,19 @@ def bias_curve(
         counts: The numbers of guesses; each mean has guesses of its own.
         generator: As in `estimate_gradient`.
     """
-    truth = true_gradient(model, loss, batch)
+    truth, last = true_gradient(model, loss, batch), last_layer(model, loss, batch)
     found: dict[int, float] = {}
     for count in counts:
         estimate = estimate_gradient(model, loss, batch, guesser, guesses=count, exact_last=True, generator=generator)
-        found[count] = cosines(estimate, truth).without_last
+        found[count] = cosines(estimate, truth, last).without_last
     return found
+
+
+def last_layer(model: nn.Module, loss: Loss, batch: Batch) -> str | None:
+    """The module of the layer that `exact_last` means: the last to be called; None where there is no layer."""
+    with Passes(model, loss, batch) as passes:
+        sites = [site for site in passes.record(False, False).sites if site.guessed]
+    return layer_of(sites[-1].weight or sites[-1].bias or "") if sites else None
 
 
 def limit_gradient(
@@ -68,9 +76,8 @@ def limit_gradient(
     """What the mean of infinitely many guesses is, ``Cov g``, without sampling.
 
     A guess y is linear in its noise, ``y = T eps``, so that ``E[d y] = T T^T dl/dz = Cov dl/dz`` for each layer and
-    example: the columns of T are had by putting each unit vector in the place of the noise. For `ActivationMixing`
-    this is
-    before the guess is scaled to length 1, which turns the mean but little where there are many dimensions.
+    example: the columns of T are had by putting each unit vector in the place of the noise. Where each example's guess
+    is scaled to length 1, as by `ActivationMixing`, it is ``E[y y^T / ||y||^2] dl/dz``; see `projected_factors`.
     Parameters that are guessed directly, or by guesses of weights, get their true gradient.
 
     Args:
@@ -109,7 +116,9 @@ def limit_gradient(
 def limit_cosine(model: nn.Module, loss: Loss, batch: Batch, guesser: Guesser) -> float:
     """``cos(Cov g, g)``: what the cosine of the mean of guesses goes to, without the last layer; see `bias_curve`."""
     return cosines(
-        limit_gradient(model, loss, batch, guesser, exact_last=True), true_gradient(model, loss, batch)
+        limit_gradient(model, loss, batch, guesser, exact_last=True),
+        true_gradient(model, loss, batch),
+        last_layer(model, loss, batch),
     ).without_last
 
 

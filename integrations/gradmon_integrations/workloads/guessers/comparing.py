@@ -99,7 +99,7 @@ def one_step_effectiveness(
         At least 0, and about 1 for the gradient itself.
 
     Raises:
-        Unavailable: No step against the gradient decreases the loss, or the loss is not finite.
+        Unavailable: No step against the gradient decreases the loss, or the loss or a direction is not finite.
     """
     truth = true_gradient(model, loss, batch) if truth is None else truth
     with Passes(model, loss, batch) as passes:
@@ -109,6 +109,8 @@ def one_step_effectiveness(
 
         def best(direction: Mapping[str, Tensor]) -> float:
             length = math.sqrt(sum(float(wide(part).square().sum()) for part in direction.values()))
+            if not math.isfinite(length):
+                raise Unavailable("non-finite gradient or guess")
             if length == 0:
                 return 0.0
             found = [0.0]

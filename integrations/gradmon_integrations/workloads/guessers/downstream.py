@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradmon._errors import ArgumentError
+from gradmon._tensors import working
 from gradmon_integrations.workloads.guessers.guesser import Needs
 from gradmon_integrations.workloads.guessers.noise import Kind, Noise, check_kind
 from gradmon_integrations.workloads.guessers.recording import Site
@@ -152,8 +153,8 @@ class SingularPower:
 
 def sharpened(weight: Tensor, power: float) -> Tensor:
     """``s_1 U (S / s_1)^p V^T`` of a weight taken as the matrix (first dimension, rest)."""
-    u, s, v = torch.linalg.svd(weight.detach().flatten(1), full_matrices=False)
+    u, s, v = torch.linalg.svd(working(weight.detach().flatten(1)), full_matrices=False)
     largest = s[0]
     if not largest > 0:
         return weight.detach()
-    return (u * (largest * (s / largest) ** power) @ v).reshape(weight.shape)
+    return (u * (largest * (s / largest) ** power) @ v).reshape(weight.shape).to(weight)

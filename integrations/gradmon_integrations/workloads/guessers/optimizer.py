@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,19 +73,30 @@ class GuessedGradient(Optimizer):
         self.base, self.model, self.generator = base, model, generator
         self._examples = examples
         self._checked: tuple[bool, ...] | None = None
-        super().__init__([{"params": group["params"]} for group in base.param_groups], {})
         self._share()
 
     def _share(self) -> None:
-        self.param_groups, self.state, self.defaults = self.base.param_groups, self.base.state, self.base.defaults
-        self._shared = True
+        base = cast("Any", self.base)
+        self.param_groups, self.state, self.defaults = base.param_groups, base.state, base.defaults
+        # As after unpickling: the parameter groups are the base's, so there are none to add.
+        super().__setstate__({})
+        self._optimizer_state_dict_pre_hooks = base._optimizer_state_dict_pre_hooks
+        self._optimizer_state_dict_post_hooks = base._optimizer_state_dict_post_hooks
+        self._optimizer_load_state_dict_pre_hooks = base._optimizer_load_state_dict_pre_hooks
+        self._optimizer_load_state_dict_post_hooks = base._optimizer_load_state_dict_post_hooks
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("base", "model", "generator", "_settings", "_unchecked", "_examples")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._checked = None
+        self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add one to the base."""
-        if self.__dict__.get("_shared"):
-            self.base.add_param_group(param_group)
-        else:
-            super().add_param_group(param_group)
+        self.base.add_param_group(param_group)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """Guess the gradient, and make the base's step of it.
@@ -108,13 +119,17 @@ class GuessedGradient(Optimizer):
         settings = self._unchecked if self._checked == modes else self._settings
         with Passes.of(self.model, closure, self._examples) as passes:
             found, value = estimate(passes, settings, self.generator)
-        self._checked = modes
+        if value.ndim == 1:
+            # One example, or one loss, tells nothing.
+            self._checked = modes
         held = {id(p) for group in self.param_groups for p in group["params"]}
         for name, parameter in passes.parameters.items():
             if id(parameter) in held:
                 parameter.grad = found[name]
         self.base.step()
         return value.mean()
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch would have the hooks of all optimizers called twice
 
     def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
         """A hook on the base's step: the one place where the gradients are there and the weights still the old ones."""
