@@ -185,25 +185,28 @@ def cosine() -> str:
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
             for step in range(300):
                 batch = draw(whole, 256, generator)
-                if step % 60 == 0:
+                if step % 30 == 0:
                     truth = true_gradient(model, each, batch)
                     for name in SHOWN:
                         normal = {} if name != "mixing" else {"normalize": "example"}
-                        estimate = estimate_gradient(model, each, batch, GUESSERS[name], generator=generator, **normal)
+                        estimates = [
+                            estimate_gradient(model, each, batch, GUESSERS[name], generator=generator, **normal)
+                            for _ in range(3)
+                        ]
                         layered = estimate_gradient(
                             model, each, batch, GUESSERS[name], generator=generator, per_layer=True
                         )
                         found = sums.setdefault(f"{depth} x {width} {name}", [[], [], []])
-                        found[0].append(cosines(estimate, truth).whole)
+                        found[0] += [cosines(estimate, truth).whole for estimate in estimates]
                         found[1].append(cosines(layered, truth).whole)
-                        found[2].append(one_step_effectiveness(model, each, batch, estimate, truth))
+                        found[2].append(one_step_effectiveness(model, each, batch, estimates[0], truth))
                 optimizer.zero_grad()
                 each(model, batch).mean().backward()
                 optimizer.step()
     for name in SHOWN:
         row = [name]
         for depth, width in nets:
-            row += [f"{abs(statistics.mean(part)):.4f}" for part in sums[f"{depth} x {width} {name}"]]
+            row += [f"{statistics.mean(part):.4f}" for part in sums[f"{depth} x {width} {name}"]]
         rows.append(row)
     header = [""]
     for depth, width in nets:
@@ -235,7 +238,7 @@ def training(names: Sequence[str] = ()) -> str:
         runs[f"singular-power-{power}"] = GUESSERS[f"singular-power-{power}"]
     for value in (0.05, 0.16):
         runs[f"cosine-matched {value}"] = CosineMatched(value)
-    deep = ("backpropagation", "activation", "weight-transpose")
+    deep = {"backpropagation", *SHOWN} - {"activation-masked"}
     rows: list[list[str]] = []
     for name, guesser in runs.items():
         row = [name]
@@ -327,7 +330,7 @@ INTRODUCTIONS: dict[str, str] = {
     "cosine": (
         "Mean cosine to the true gradient and one-step effectiveness (the best step along a guess over the "
         "best step along the gradient, in loss) along an AdamW trajectory of backpropagation, 300 steps of "
-        "256, a look every 60:"
+        "256, a look every 30, the cosine with three guesses at each:"
     ),
     "bias": (
         "The cosine of the mean of n guesses for one example (mixing: 32) to the true gradient, without the "
