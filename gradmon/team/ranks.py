@@ -100,9 +100,11 @@ def _of_meshes(model: nn.Module) -> Ranks | None:
     held = list(trainable(model).values())
     meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in held if isinstance(p, DTensor)))
     reason = _no_copies(model, held, meshes)
+    if reason is not None:
+        return _ranks(dist.group.WORLD, reason)
     mesh = meshes[0]
-    if reason is not None or mesh.ndim > 1:
-        return _ranks(dist.group.WORLD, reason if mesh.size() == dist.get_world_size() or reason else _PART_OF_WORLD)
+    if mesh.ndim > 1:
+        return _ranks(dist.group.WORLD, None if mesh.size() == dist.get_world_size() else _PART_OF_WORLD)
     return _ranks(mesh.get_group())
 
 

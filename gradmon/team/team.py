@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
@@ -179,7 +180,7 @@ class Team:
             Unavailable: The round is over, or somebody does not come or is elsewhere, which ends it.
         """
         heard: list[list[float]] = [other["numbers"] for other in self.exchange(work, numbers=list(numbers))]
-        return any(max(same) - min(same) > _ALIKE * max(abs(n) for n in same) for same in zip(*heard, strict=True))
+        return not all(map(_alike, zip(*heard, strict=True)))
 
     def together(
         self, work: str, make: Callable[[], _T], say: Callable[[_T], Mapping[str, Any]] | None = None
@@ -306,6 +307,14 @@ class Team:
             part = wide(found.view(rows, sizes[self.rank]))
             total += (part if weight is None else part * weight[mine].to(part.device)) @ part.T
         return self.sum(self.together("products", lambda: (total + total.T) / 2)[0])
+
+
+def _alike(numbers: Sequence[float]) -> bool:
+    """Whether the same number has come out on all ranks, up to rounding, or none on any of them."""
+    finite = [math.isfinite(number) for number in numbers]
+    if not all(finite):
+        return not any(finite)
+    return max(numbers) - min(numbers) <= _ALIKE * max(map(abs, numbers))
 
 
 def _retracted(channel: Channel) -> bool:
