@@ -99,7 +99,7 @@ class ModuleState:
 
 
 def modules_behind(function: Any) -> Iterator[nn.Module]:
-    """The modules that a loss holds: itself, the object it is bound to, what it closes over or names."""
+    """The modules that a loss holds: itself, the object it is bound to, what it closes over or names, its defaults."""
     if isinstance(function, nn.Module):
         yield function
         return
@@ -112,6 +112,7 @@ def modules_behind(function: Any) -> Iterator[nn.Module]:
     code = getattr(function, "__code__", None)
     if code is not None:
         found += [function.__globals__.get(name) for name in code.co_names]
+        found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for cell in function.__closure__ or ():
             try:
                 found.append(cell.cell_contents)

@@ -19,7 +19,7 @@ from gradmon.pacing import Pacer, Plan
 from gradmon.probes import Taken
 from gradmon.publishing import Publisher
 from gradmon.reading import Pending, Reader
-from gradmon.team import Group, Team, find_ranks, is_sharded, running
+from gradmon.team import Group, Team, find_ranks, is_sharded, passes_talk, running
 
 _LOG = logging.getLogger("gradmon")
 _LARGEST = frozenset({"monitor_failures"})
@@ -49,6 +49,8 @@ def find_team(
     refused = None if ranks is None else ranks.why_not
     if team is None and running() and is_sharded(model):
         refused = "the parameters are sharded over processes that are not measured together"
+    elif team is None and running():
+        refused = passes_talk(model)  # as many passes as this process makes, the others may not
     if refused is not None:
         _LOG.warning("Much of this model cannot be measured: %s.", refused)
     return team, 0 if ranks is None else ranks.rank, refused

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from gradmon._errors import Unavailable
 from gradmon._evidence import BatchGradient, Step, StepPair
 from gradmon._objective import Objective
-from gradmon._parameters import Weights, wrapper_of
+from gradmon._parameters import Weights
 from gradmon._reading import Reading
-from gradmon._tensors import length, ran_out, wide
+from gradmon._snapshot import modules_behind
+from gradmon._tensors import length, ran_out
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.masks import Mask
 from gradmon.metrics import Metric
@@ -34,6 +35,7 @@ from gradmon.probes import (
     Taken,
     across,
     gradient_evidence,
+    is_plain,
     step_evidence,
 )
 from gradmon.reading import Pending, Reader
@@ -66,7 +68,7 @@ class Setting:
         memory: What is remembered from probe to probe.
         team: The ranks that train the model; None for this process alone.
         unsharded: The model, where each rank holds a part of its parameters; None where it holds all.
-        refused: Why only the norms can be had, or nothing where there is no team; None where everything can.
+        refused: Why only the norms can be had, or of a sharded model without a team nothing; None where all can.
         rates: The learning rates of the step that is looked at.
     """
 
@@ -89,9 +91,9 @@ class Setting:
         """The layout of `w`."""
         return Weights(self.model, None if self.mask is None else self.mask.picks(self.model))
 
-    def plain(self) -> contextlib.AbstractContextManager[None]:
-        """A context in which every rank holds the whole model."""
-        return without_talk(wrapper_of(self.model)) if self.unsharded is None else self.unsharded.plain()
+    def plain(self, loss: Loss) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank holds the whole model, and passes of the loss talk to no other rank."""
+        return without_talk([self.model, *modules_behind(loss)]) if self.unsharded is None else self.unsharded.plain()
 
 
 class Observer(Protocol):
@@ -170,7 +172,7 @@ class ActiveObserver:
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         """What the passes show."""
-        with self._setting.plain():
+        with self._setting.plain(self._loss):
             return self._look(number, batch, taken, metrics)
 
     def _look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
@@ -233,13 +235,13 @@ class ActiveObserver:
                 waiting.append((metric, [scene.get(kind) for kind in kinds]))
         if waiting:
             state, before = scene.objective.sandbox.random, scene.objective.base
-            plain = taken is not None and _is_plain(taken, scene)
+            plain = taken is not None and is_plain(taken, scene)
             self.pending = Pending(number, scene.get(Step), list(before), after, waiting, state, plain)
         return readings
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """One pass on the next batch, or two where its gradient after the step is not at hand."""
-        with self._setting.plain():
+        with self._setting.plain(self._loss):
             return self._finish(pending, batch, taken)
 
     def _finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
@@ -276,7 +278,14 @@ class ActiveObserver:
     def _pair(self, pending: Pending, batch: Batch, taken: Taken | None) -> StepPair:
         setting, layout = self._setting, self._setting.layout()
         known = None
-        if taken is not None and taken.plain and taken.gradients and taken.began_at(pending.after):
+        # A step that waits may have been saved by one process alone, which knew its gradients to be those of its batch.
+        if (
+            setting.team is None
+            and taken is not None
+            and taken.plain
+            and taken.gradients
+            and taken.began_at(pending.after)
+        ):
             known = taken.filled(layout)
         with Objective(
             setting.model, self._loss, batch, layout, self._reduction, pending.before, pending.random, setting.team
@@ -286,16 +295,6 @@ class ActiveObserver:
     def close(self) -> None:
         """Let the step that waits go."""
         self.pending = None
-
-
-def _is_plain(taken: Taken, scene: Scene) -> bool:
-    """Whether the gradient that the optimizer used is, up to rounding, that of the batch: not clipped, not summed."""
-    if not taken.gradients:
-        return False
-    layout, own = scene.objective.weights, scene.gradient.parts
-    pairs = zip(taken.filled(layout), own, strict=True)
-    gap = math.sqrt(sum(length(wide(used) - wide(part)) ** 2 for used, part in pairs))
-    return gap <= 32 * scene.epsilon * math.sqrt(sum(length(part) ** 2 for part in own))
 
 
 class PassiveObserver:
@@ -346,7 +345,8 @@ class PassiveObserver:
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         """What the training has revealed."""
-        if self._setting.refused is not None and self._setting.team is None:
+        # Whole norms of a sharded model take all ranks.
+        if self._setting.refused is not None and self._setting.team is None and self._setting.unsharded is not None:
             return [Reading(metric.name, math.nan, number, reason=self._setting.refused) for metric in metrics]
         layout = self._setting.layout()
         listened = any(LISTENED.intersection(metric.needs) for metric in metrics)

@@ -25,6 +25,7 @@ from gradmon.probes.scene import EXHAUSTED as EXHAUSTED
 from gradmon.probes.scene import Probe
 from gradmon.probes.scene import Scene as Scene
 from gradmon.probes.step import across as across
+from gradmon.probes.step import is_plain as is_plain
 from gradmon.probes.step import step, step_pair
 from gradmon.probes.step import step_evidence as step_evidence
 from gradmon.probes.watch import Keep as Keep

@@ -13,8 +13,9 @@ from gradmon._errors import Unavailable
 from gradmon._evidence import Step, StepPair
 from gradmon._objective import Objective
 from gradmon._parameters import Weights
-from gradmon._tensors import wide, working
+from gradmon._tensors import length, wide, working
 from gradmon.probes.scene import Scene
+from gradmon.probes.watch import Taken
 
 _PLAUSIBLE = 3.0
 """How many times as far as on its own batch a step may move the gradient on the next before that is taken anew."""
@@ -154,3 +155,13 @@ def trial_step(
     except Exception as error:
         raise Unavailable(f"no trial step with {type(optimizer).__name__}: {error}") from error
     return [twin.detach() for twin in twins]
+
+
+def is_plain(taken: Taken, scene: Scene) -> bool:
+    """Whether the gradient that the optimizer used is, up to rounding, that of the batch: not clipped, not summed."""
+    if not taken.gradients:
+        return False
+    layout, own = scene.objective.weights, scene.gradient.parts
+    pairs = zip(taken.filled(layout), own, strict=True)
+    gap = math.sqrt(sum(length(wide(used) - wide(part)) ** 2 for used, part in pairs))
+    return gap <= 32 * scene.epsilon * math.sqrt(sum(length(part) ** 2 for part in own))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -42,17 +42,22 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def without_talk(wrapper: nn.Module) -> Generator[None]:
-    """A context in which a `DistributedDataParallel` talks to nobody, for a loss that calls it of its own accord."""
-    if not isinstance(wrapper, nn.parallel.DistributedDataParallel):
-        yield
-        return
-    held = wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync
-    wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+def without_talk(models: Iterable[nn.Module]) -> Generator[None]:
+    """A context in which every `DistributedDataParallel` in some models, or around them, talks to nobody.
+
+    For a loss that calls the wrapper of its own accord, and for models of which only parts are wrapped: a rank may make
+    another number of passes than the others.
+    """
+    inside = dict.fromkeys(module for model in models for module in model.modules())
+    wrappers = [module for module in inside if isinstance(module, nn.parallel.DistributedDataParallel)]
+    held = [(wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync) for wrapper in wrappers]
     try:
+        for wrapper in wrappers:
+            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
         yield
     finally:
-        wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = held
+        for wrapper, (backward, forward) in zip(wrappers, held, strict=True):
+            wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
 
 
 def passes_talk(model: nn.Module) -> str | None:
