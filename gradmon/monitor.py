@@ -60,8 +60,7 @@ class Monitor:
         model: The model.
         optimizer: The optimizer whose steps are looked at; None to go without what needs one.
         loss: ``loss(model, batch)``: a scalar, or one value per example, (B,); None to look only at what the training
-            itself reveals: the norms, `step_condition`, and, from hooks that are there for scheduled steps only, how
-            much the examples of the batch disagree.
+            itself reveals: norms, `step_condition`, and, by hooks in scheduled steps, how much the examples disagree.
         metrics: ``"default"``, ``"all"`` (also those that take many passes), or names and `Metric` objects.
         schedule: When to look: a `budget`, `every`, `log_spaced`, or any callable from the step's number, counted from
             1; None for ``every(50)``.
