@@ -146,3 +146,14 @@ class EndSink(MemorySink):
 
     def close(self):
         self.closed += 1
+
+
+def assert_verdict(readings, found):
+    """The readings of the check before the first step are those of a verdict, and there is one of each."""
+    for reading in found.to_readings():
+        if reading.name in {"preflight_risk", "preflight_passes"}:  # a later loss changes the one
+            continue
+        values = series(readings, reading.name)
+        assert len(values) == 1, reading.name
+        assert values[0] == reading.value or math.isclose(values[0], reading.value, rel_tol=1e-9), reading.name
+    assert math.isclose(series(readings, "preflight_risk")[0], found.risk, rel_tol=1e-9)

@@ -9,6 +9,7 @@ from torch import nn
 
 from gradmon import ArgumentError, Monitor, every
 from gradmon.perturbations.weights import Krylov
+from gradmon.preflight.verdict import preflight
 from gradmon.sinks import MemorySink
 from tests.trainers.common import (
     CLIP,
@@ -18,6 +19,7 @@ from tests.trainers.common import (
     Reference,
     assert_equal,
     assert_same_readings,
+    assert_verdict,
     batches,
     examples,
     flat,
@@ -557,3 +559,20 @@ def test_a_gradient_scaler_is_taken_off_and_what_it_leaves_out_is_seen(pl, callb
     found = {r.step: r for r in sink.readings if r.name == "grad_norm"}
     assert [found[step].value for step in (1, 2, 4)] == pytest.approx(plain.norms, rel=1e-2)
     assert found[3].reason == ("no optimizer step was taken" if loss is None else "non-finite gradient")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_verdict_before_the_first_step_is_that_of_a_plain_call(pl, callback, tmp_path, accumulate):
+    sink, trained = MemorySink(), []
+    watch = callback(sinks=sink, schedule=every(1), preflight=True, join=True)
+    for callbacks in ([], [watch]):
+        module = module_of(pl)
+        trainer_of(pl, callbacks, tmp_path, accumulate_grad_batches=accumulate).fit(module, loader())
+        trained.append(module.state_dict())
+    assert_equal(*trained)
+    assert not watch.monitor.failures
+    module = module_of(pl)
+    x, target = (part[: 8 * accumulate] for part in examples())
+    found = preflight(module, momentum(module.parameters()), in_module(mse), (x, target))
+    assert found.risk is not None
+    assert_verdict(sink.readings, found)

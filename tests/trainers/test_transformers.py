@@ -11,6 +11,7 @@ from torch import nn
 
 from gradmon import ArgumentError, every
 from gradmon.perturbations.weights import Krylov
+from gradmon.preflight.verdict import preflight
 from gradmon.sinks import MemorySink
 from tests.trainers.common import (
     CLIP,
@@ -19,6 +20,7 @@ from tests.trainers.common import (
     Reference,
     assert_equal,
     assert_same_readings,
+    assert_verdict,
     hooks_on,
     momentum,
     random_states,
@@ -595,3 +597,21 @@ def test_nothing_opens_before_the_training(watching):
     port = open_port()
     watching.GradmonCallback(sinks=f"prometheus:{port}")
     assert_free(port)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_verdict_before_the_first_step_is_that_of_a_plain_call(watching, tmp_path, accumulate):
+    sink, trained = MemorySink(), []
+    watch = watching.GradmonCallback(sinks=sink, schedule=every(1), preflight=True, join=True)
+    for callbacks in ([], [watch]):
+        trainer = trainer_of(
+            tmp_path, callbacks, per_device_train_batch_size=8 // accumulate, gradient_accumulation_steps=accumulate
+        )  # fmt: skip
+        trainer.train()
+        trained.append(trainer.model.state_dict())
+    assert_equal(*trained)
+    assert not watch.monitor.failures
+    model = language_model()
+    found = preflight(model, momentum(model.parameters()), own_loss, batches()[0])
+    assert found.risk is not None
+    assert_verdict(sink.readings, found)
