@@ -74,23 +74,34 @@ def rates_of(optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Rates:
     group, kind = optimizer.param_groups[main], [cls.__name__ for cls in type(optimizer).__mro__]
     default, reason, gain = _default(optimizer), None, 1.0
     if "SGD" in kind:
-        gain = (1 - float(group.get("dampening", 0))) / (1 - float(group.get("momentum", 0)))
-        default = _SGD / gain if gain > 0 else _SGD
+        momentum = float(group.get("momentum", 0))
+        dampening = float(group.get("dampening", 0)) if momentum else 0.0  # of which nothing is made without momentum
+        gain = _over(1 - dampening, 1 - momentum)
+        default = _SGD / gain
     elif _ADAMS.intersection(kind):
         default = _ADAM
     elif "RMSprop" in kind:
         # Its first steps are longer: the mean of squares starts at 0, and is not corrected for that.
-        gain = math.sqrt(1 - float(group.get("alpha", 0.99))) / (1 - float(group.get("momentum", 0)))
+        rest = max(1 - float(group.get("alpha", 0.99)), 0.0)
+        gain = _over(math.sqrt(rest), 1 - float(group.get("momentum", 0)))
         default = _RMSPROP
     elif _UNLIKE.intersection(kind):
         reason = f"the first step of {type(optimizer).__name__} says nothing about those to come"
+    if math.isnan(gain):
+        gain, reason = 1.0, f"with such a momentum or decay the steps of {type(optimizer).__name__} have no last length"
     if any(rate is None for rate in found):
-        reason = f"{type(optimizer).__name__} has no learning rate"
+        told = all("lr" in group for group in optimizer.param_groups)
+        reason = "a learning rate is not finite" if told else f"{type(optimizer).__name__} has no learning rate"
     elif default is None and groups[main] > 0:
         default = groups[main]
     elif default is None:
         reason = f"the default learning rate of {type(optimizer).__name__} is not known"
     return Rates(groups, main, math.nan if default is None else default, gain, reason)
+
+
+def _over(one: float, other: float) -> float:
+    """A quotient of positive numbers; NaN of others."""
+    return one / other if one > 0 and other > 0 else math.nan
 
 
 def _peak(group: dict[str, Any]) -> float | None:
