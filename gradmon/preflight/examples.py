@@ -141,6 +141,8 @@ def _owners(batches: Any) -> Iterator[Any]:
         yield owner
         held = _attributes(owner)
         waiting += [held[name] for name in ("sampler", "batch_sampler", "dataset", "loader") if name in held]
+        several = [held[name] for name in ("samplers", "datasets", "loaders") if name in held]
+        waiting += [part for parts in several if isinstance(parts, (list, tuple)) for part in cast("list[Any]", parts)]
 
 
 def _attributes(owner: Any) -> dict[str, Any]:
