@@ -18,6 +18,10 @@ from gradmon.preflight.passes import Passes
 _SAME = 1e-3
 """How close, relative to it, a measured loss is to the one that it is taken for."""
 _ROUNDS = 3
+_BRACKETS = 12
+_STRETCHES = 6
+_NEAR = 0.02
+"""By how much of it the loss of the best constant output may be missed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Chance:
 
 
 def find_chance(objective: Objective, passes: Passes, seen: Calls, examples: int) -> Chance:
-    """Find it: one pass for classification, up to ten elsewhere.
+    """Find it: one pass for classification, about ten for a square loss, up to some twenty elsewhere.
 
     Args:
         objective: The objective on the probe, inside its sandbox.
@@ -69,9 +73,11 @@ def find_chance(objective: Objective, passes: Passes, seen: Calls, examples: int
         ones = search.at(torch.ones_like(start.value))
         if search.alone and _shifted(start, ones):
             return Chance(start.loss, "classification", start.value.numel(), 1.0, head)
-        if _coin(start, ones):
+        if _coin(start, ones, 1.0) and _coin(start, search.at(2 * ones.value), 2.0):
             return Chance(start.loss, "binary", 2, 1.0, head)
         best = search.best(start) if search.alone else start
+        if best is None:
+            raise Unavailable("the loss of the best constant output was not found")
         scale = search.unit(best) if search.alone and best.loss > 0 else None
         if not search.alone:
             reason = "the loss depends on more than what the last layer makes"
@@ -127,10 +133,10 @@ def _shifted(start: _Seen, ones: _Seen) -> bool:
     return level and abs(ones.loss - start.loss) <= 1e-5 * abs(start.loss)
 
 
-def _coin(start: _Seen, ones: _Seen) -> bool:
-    """Whether an output of zeros costs ln 2 and one of ones what the logistic loss says, whatever multiplies both."""
-    bent = ones.loss - start.loss - float(start.slope.sum())
-    expected = start.loss * (math.log1p(math.e) - math.log(2) - 0.5) / math.log(2)
+def _coin(start: _Seen, moved: _Seen, by: float) -> bool:
+    """Whether an output of zeros costs ln 2 and one of `by` what the logistic loss says, whatever multiplies both."""
+    bent = moved.loss - start.loss - by * float(start.slope.sum())
+    expected = start.loss * (math.log1p(math.exp(by)) - math.log(2) - by / 2) / math.log(2)
     return start.loss > 0 and abs(bent - expected) <= _SAME * abs(expected)
 
 
@@ -165,8 +171,15 @@ class _Search:
         found = torch.zeros_like(value) if slope is None else slope
         return _Seen(value.detach(), float(loss.detach()), found.detach().double())
 
-    def best(self, start: _Seen) -> _Seen:
-        """The best constant output, by secants along the gradient; exact for square losses after one."""
+    def best(self, start: _Seen) -> _Seen | None:
+        """The best constant output; None where it was not found."""
+        found = self._along_slope(start)
+        if length(found.slope) <= _SAME * length(start.slope):
+            return found
+        return self._bracketed(found)
+
+    def _along_slope(self, start: _Seen) -> _Seen:
+        """The best of a few secants along the gradient; exact for square losses after one."""
         best, stride = start, 1.0
         for _ in range(_ROUNDS):
             steep = length(best.slope)
@@ -191,15 +204,55 @@ class _Search:
                 break
         return best
 
+    def _bracketed(self, start: _Seen) -> _Seen | None:
+        """The best constant output, by a root of the slope of each unit; None where it was not found.
+
+        All units move at once. A convex loss lies above its tangent: what it can still fall by is at most the sum of
+        slope times the distance to the far end of the bracket.
+        """
+        low, high = (torch.full_like(start.slope, side * math.inf) for side in (-1, 1))
+        below, above = torch.zeros_like(low), torch.zeros_like(high)
+        seen, best = start, start
+        stride = abs(start.loss) / float(start.slope.abs().sum())
+        for turn in range(_BRACKETS + 1):
+            place, slope = seen.value.double(), seen.slope
+            rising, falling = slope >= 0, slope <= 0
+            high, above = torch.where(rising, place, high), torch.where(rising, slope, above)
+            low, below = torch.where(falling, place, low), torch.where(falling, slope, below)
+            best = min(best, seen, key=_loss_of)
+            far = torch.where(slope > 0, place - low, high - place).masked_fill(slope == 0, 0.0)
+            if float((slope.abs() * far).nan_to_num(0.0, math.inf).sum()) <= _NEAR * abs(seen.loss):
+                return best
+            if turn == _BRACKETS:
+                return None
+            # A secant, then a half, so that a bracket shrinks whatever the slope looks like.
+            part = torch.full_like(low, 0.5) if turn % 2 else (below / (below - above)).clamp(0.02, 0.98)
+            between = low + part.nan_to_num(0.5) * (high - low)
+            out = torch.where(high.isinf(), low + stride, high - stride)
+            goal = torch.where(low.isinf() | high.isinf(), out, between)
+            stride *= 2
+            seen = self.at(torch.where(slope == 0, place, goal).to(start.value.dtype))
+            if not math.isfinite(seen.loss) or not bool(seen.slope.isfinite().all()):
+                return None
+        return None
+
     def unit(self, best: _Seen) -> float | None:
         """How far the output must move, in all units alike, until the loss has doubled."""
-        distance = math.sqrt(abs(best.loss))
-        for _ in range(_ROUNDS):
+        distance, power, grown = math.sqrt(abs(best.loss)), 2.0, math.nan
+        before: tuple[float, float] | None = None
+        for _ in range(_STRETCHES):
             moved = self.at(best.value + distance)
             grown = (moved.loss - best.loss) / best.loss
-            if not math.isfinite(grown) or grown <= 0:
+            if not math.isfinite(grown):
                 return None
-            distance /= math.sqrt(grown)  # exact for a square loss
+            if grown <= _NEAR:  # nothing can be told from it: the best output is known no better
+                distance, before = 16 * distance, None
+                continue
+            if before is not None and distance != before[0]:
+                slope = math.log(grown / before[1]) / math.log(distance / before[0])
+                power = min(max(slope, 0.5), 2.0)
+            before = distance, grown
+            distance /= grown ** (1 / power)  # exact for a square loss
             if abs(grown - 1) < 0.1:
                 break
-        return distance
+        return distance if 0.5 < grown < 2 else None
