@@ -11,6 +11,8 @@ from gradmon.preflight.score import Signs, parts
 
 NOTABLE = math.log(2)
 """A part of the risk that doubles the odds of a failure is a cause."""
+BEYOND: Mapping[str | None, str] = {None: "", "below": " or less", "above": " or more"}
+"""What is said of a suggestion where only a bound of what it is made of is known."""
 _ANEW = "initialise anew with `gradmon.reinitialize(model, loss, batch)`, then take the rate of `gradmon.suggest_lr`"
 _DEEPER = "if nothing comes of it, add residual connections and normalisation"
 
@@ -142,7 +144,7 @@ def _remedy(name: str, seen: Look) -> str:
 
 
 def _suggested(seen: Look) -> str:
-    return "" if seen.best is None else f" to {seen.best:.2g}"
+    return "" if seen.best is None else f" to {seen.best:.2g}{BEYOND[seen.scan.bound]}"
 
 
 def _times(seen: Look) -> str:

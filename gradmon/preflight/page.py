@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gradmon._reading import Reading
+from gradmon.preflight.causes import BEYOND
 
 if TYPE_CHECKING:
     from gradmon.preflight.verdict import Preflight
@@ -48,7 +49,7 @@ def rows(found: Preflight) -> Iterator[tuple[str, str]]:
         yield "rate", f"No suggestion: {rates.reason}."
     else:
         pairs = ", ".join(f"{now:.3g} -> {rate:.2g}" for now, rate in zip(rates.now, rates.groups, strict=True))
-        yield "rate", f"{pairs}{_gated(found)}"
+        yield "rate", f"{pairs}{BEYOND[seen.scan.bound]}{_gated(found)}"
     yield "seen", ", ".join(_seen(found))
     if found.batch_size is not None:
         yield "batch", f"{found.batch_size[0].upper()}{found.batch_size[1:]}."

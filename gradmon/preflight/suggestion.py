@@ -14,6 +14,7 @@ from gradmon._errors import GradmonError, Unavailable
 from gradmon._objective import Objective
 from gradmon._parameters import Weights, check_trains
 from gradmon._types import Loss
+from gradmon.preflight.causes import BEYOND
 from gradmon.preflight.examples import take
 from gradmon.preflight.look import first_gradient
 from gradmon.preflight.passes import Passes, check_budget
@@ -78,7 +79,7 @@ class LearningRates:
         where = {None: "at", "below": "below", "above": "above"}[self.scan.bound]
         pairs = [f"{now:.3g} -> {rate:.2g}" for now, rate in zip(self.now, self.groups, strict=True)]
         lines = [
-            f"Learning rate: {', '.join(pairs)}",
+            f"Learning rate: {', '.join(pairs)}{BEYOND[self.scan.bound]}",
             f"  half of the gradient changes {where} {self.half:.3g}; by default it is {self.default:.3g};",
             f"  the suggestion is their geometric mean. {self.passes} passes.",
         ]
