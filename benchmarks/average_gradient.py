@@ -128,6 +128,8 @@ def rates_part(seeds: int, draw: bool) -> str:
         axes.semilogx(_RATES, found[1], color=ORANGE, marker="o", label="RMSprop")
         axes.semilogx(_RATES, found[2], color=BLUE, marker="o", label="average gradient")
         axes.set(xlabel="learning rate", ylabel=f"training loss after {_RATE_EPOCHS} epochs")
+        axes.set_xticks(_RATES, [f"{rate:g}" for rate in _RATES])
+        axes.minorticks_off()
         axes.legend()
         text += "\n\n" + saved(figure, "average-gradient-rates", "The loss against the learning rate")
     return f"Median training loss over {seeds} seeds, after {_RATE_EPOCHS} epochs of 27 tanh layers:\n\n{text}"

@@ -264,7 +264,7 @@ def draw(found: Sequence[Network]) -> str:
     left.hist([risks[~bad], risks[bad]], bins=bins, stacked=True, color=[BLUE, ORANGE], label=["trains", "fails"])
     left.axvline(LIMIT, color=GREY, linestyle=":")
     left.set(xlabel="risk before the first step", ylabel="runs")
-    left.legend()
+    left.legend(loc="upper center")
     places = np.clip((risks * 10).astype(int), 0, 9)
     kept = [place for place in range(10) if (places == place).any()]
     means = [risks[places == place].mean() for place in kept]
