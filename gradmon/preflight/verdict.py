@@ -63,6 +63,8 @@ class Preflight:
         words = f"risk {100 * self.risk:.0f} %"
         if self.flagged:
             return f"This run will probably fail ({words})"
+        if self.causes and self.risk < 0.5:
+            return f"This run probably trains; look at what was found ({words})"
         if self.causes:
             return f"This run may fail ({words})"
         return f"Nothing found that would make this run fail ({words})"

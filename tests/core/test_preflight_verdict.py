@@ -50,6 +50,15 @@ def names(found):
     return [cause.name for cause in found.causes]
 
 
+def test_the_headline_is_as_strong_as_the_risk():
+    import dataclasses
+
+    found = checked(mlp(), lr=30.0)
+    assert names(found)
+    for risk, words in ((0.2, "probably trains"), (0.55, "may fail"), (0.9, "will probably fail")):
+        assert words in dataclasses.replace(found, risk=risk).verdict
+
+
 def test_a_sound_network_raises_nothing_and_is_not_called_healthy():
     found = checked(mlp(), lr=0.3)
     assert not found.flagged
