@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from gradmon.preflight.verdict import Preflight
 
 _WIDTH, _INDENT = 80, 12
+MEANINGS: Mapping[str, str] = {
+    "preflight_risk": "probability that the run fails, as told at its start",
+    "preflight_loss": "loss before the first step",
+    "preflight_chance": "loss of the best output that is the same for all examples",
+    "preflight_out_sd": "standard deviation of the outputs between examples, in their own unit",
+    "preflight_sig": "share of the last hidden layer's energy that lies between examples",
+    "preflight_relg": "relative gradient of the first weight matrix over that of the last",
+    "preflight_lr_half": "learning rate at which one step changes half of the gradient",
+    "preflight_lr": "learning rate that the check suggests",
+    "preflight_noise_scale": "batch size at which signal and noise of the gradient are equal, before the first step",
+    "preflight_passes": "passes that the check took",
+}
+"""What the readings of a check say, in words."""
 
 
 def as_text(found: Preflight) -> str:

@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 from gradmon import ArgumentError, preflight, reinitialize, suggest_lr
 from gradmon.preflight._coefficients import COEFFICIENTS, KNOTS, LIMIT
 from gradmon.preflight.causes import EVIDENCE, NOTABLE, TITLES
+from gradmon.preflight.page import MEANINGS
 from gradmon.preflight.score import CAP, Signs, early, hinges, parts, probability
 
 
@@ -267,7 +268,7 @@ def test_plain_types_survive_json():
 def test_readings_have_a_number_or_a_reason():
     for found in (checked(mlp()), failing(), checked(mlp(), budget=8, lr=1e-6)):
         readings = {reading.name: reading for reading in found.to_readings(7)}
-        assert all(name.startswith("preflight_") for name in readings)
+        assert readings.keys() == MEANINGS.keys()
         for reading in readings.values():
             assert reading.step == 7
             assert math.isnan(reading.value) <= (reading.reason is not None)

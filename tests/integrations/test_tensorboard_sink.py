@@ -230,11 +230,12 @@ def test_a_sink_that_is_never_used_leaves_no_file(tmp_path):
 
 def test_the_core_names_a_group_for_each_of_its_readings():
     from gradmon.metrics import METRICS, OWN
+    from gradmon.preflight.page import MEANINGS
 
     groups = {"step-consistency", "batch-dissonance", "variance-sources", "health"}
     assert {metric_group(name) for name in METRICS} == groups
     assert {metric_group(name) for name in OWN} == {"health", "monitor"}
-    assert all(metric_meaning(name) for name in (*METRICS, *OWN))
+    assert all(metric_meaning(name) for name in (*METRICS, *OWN, *MEANINGS))
     assert all(metric_remedy(name) for name in METRICS)
     assert metric_group("my_metric") == "gradmon"
     assert metric_meaning("my_metric") == ""

@@ -22,7 +22,9 @@ def metric_group(name: str) -> str:
 
 def metric_meaning(name: str) -> str:
     """What a reading says, in words; empty where nothing is known."""
-    return str(getattr(_metric(name), "meaning", "")).strip() or _own().get(name, "")
+    from gradmon.preflight.page import MEANINGS
+
+    return str(getattr(_metric(name), "meaning", "")).strip() or _own().get(name) or MEANINGS.get(name, "")
 
 
 def metric_remedy(name: str) -> str:
