@@ -112,6 +112,7 @@ def lived(seen, folder, prometheus, inbox, ill, healthy, gateway):
     told("StepTooLong", "firing")
     told("IllConditioned", "firing")
 
+    servers.until(lambda: prometheus.query(f'gradmon_last_step{{run="{HEALTHY}"}}'), "the healthy run's first probe")
     empty = dict(enumerate(expressions()))
     deadline = time.monotonic() + 30
     while empty and time.monotonic() < deadline:

@@ -24,7 +24,8 @@ RUNS = {
 
 
 def test_every_example_is_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(NEEDS) == set(RUNS)
+    alone = {path.name for path in EXAMPLES.glob("*.py")} - {"ddp.py"}  # which takes several processes
+    assert alone == set(NEEDS) == set(RUNS)
 
 
 @pytest.mark.e2e
