@@ -10,8 +10,8 @@ TRAINERS := .venv-trainers/.installed
 OLDER := .venv-trainers-older/.installed
 INSTALL := install --disable-pip-version-check -q -c constraints.txt
 PIP_INSTALL := $(BIN)/pip $(INSTALL)
-# One process a core, with one thread each: more of either get in each other's way.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
+# One process a core, with one thread each: more of either get in each other's way. A file stays in one, with its servers.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test trainers trainers-older lint types layers benchmark install clean
