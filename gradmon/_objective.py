@@ -19,7 +19,7 @@ from gradmon._sandbox import Sandbox
 from gradmon._snapshot import RandomState, modules_behind
 from gradmon._tensors import ran_out, working
 from gradmon._types import Batch, Loss, Reduction
-from gradmon.team import Team
+from gradmon.team import Team, without_talk
 
 
 class Gradient(NamedTuple):
@@ -77,16 +77,22 @@ class Objective:
         self.examples = example_count(batch)
         self.team = team
         self.epsilon = weights.epsilon
-        self.sandbox = Sandbox(self.model, weights.parameters, list(modules_behind(loss)), random)
+        others = list(modules_behind(loss))
+        self.sandbox = Sandbox(self.model, weights.parameters, others, random)
+        self._silenced = [model, *others]
+        self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Objective:
-        self.sandbox.__enter__()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_talk(self._silenced))
+            stack.enter_context(self.sandbox)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.sandbox.__exit__(kind, error, trace)
+        self._exit.__exit__(kind, error, trace)
 
     @property
     def total(self) -> int:

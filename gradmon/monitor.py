@@ -288,7 +288,7 @@ class Monitor:
     def _looked(self, batch: Batch, taken: Taken | None, pending: Pending | None) -> list[Reading]:
         """The readings of the step that was taken, and those that waited for it."""
         pacer, reader, observer, due = self._pacer, self._reader, self._observer, self._due
-        alone = self._lockstep is None
+        alone = self._lockstep is None and self._setting.refused is None
         readings = self._start.readings(self._step, batch, taken, self._setting.rates, self.failures, alone)
         if readings:
             pacer.ignore()

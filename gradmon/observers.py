@@ -16,7 +16,6 @@ from gradmon._evidence import BatchGradient, Step, StepPair
 from gradmon._objective import Objective
 from gradmon._parameters import Weights
 from gradmon._reading import Reading
-from gradmon._snapshot import modules_behind
 from gradmon._tensors import length, ran_out
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.masks import Mask
@@ -39,7 +38,7 @@ from gradmon.probes import (
     step_evidence,
 )
 from gradmon.reading import Pending, Reader
-from gradmon.team import Team, Unsharded, gathered, passes_talk, without_talk
+from gradmon.team import Team, Unsharded, gathered, passes_talk
 
 _NORMS: frozenset[type] = frozenset({BatchGradient, Step, StepPair})
 """What can be had of gradients and steps alone."""
@@ -91,9 +90,9 @@ class Setting:
         """The layout of `w`."""
         return Weights(self.model, None if self.mask is None else self.mask.picks(self.model))
 
-    def plain(self, loss: Loss) -> contextlib.AbstractContextManager[None]:
-        """A context in which every rank holds the whole model, and passes of the loss talk to no other rank."""
-        return without_talk([self.model, *modules_behind(loss)]) if self.unsharded is None else self.unsharded.plain()
+    def plain(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank holds the whole model."""
+        return contextlib.nullcontext() if self.unsharded is None else self.unsharded.plain()
 
 
 class Observer(Protocol):
@@ -172,7 +171,7 @@ class ActiveObserver:
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         """What the passes show."""
-        with self._setting.plain(self._loss):
+        with self._setting.plain():
             return self._look(number, batch, taken, metrics)
 
     def _look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
@@ -241,7 +240,7 @@ class ActiveObserver:
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """One pass on the next batch, or two where its gradient after the step is not at hand."""
-        with self._setting.plain(self._loss):
+        with self._setting.plain():
             return self._finish(pending, batch, taken)
 
     def _finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:

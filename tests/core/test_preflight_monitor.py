@@ -204,3 +204,21 @@ def test_gradmon_disabled_checks_nothing(monkeypatch):
         train(model, optimizer, monitor)
         assert not monitor.readings
         assert not monitor.wants_batch
+
+
+def test_where_processes_cannot_be_measured_together_no_pass_is_made(monkeypatch):
+    calls = []
+
+    def counted(model, batch):
+        calls.append(None)
+        return loss(model, batch)
+
+    monkeypatch.setattr(gradmon.monitor, "find_team", lambda *given: (None, 0, "the parameters are sharded"))
+    model, sink = network(), MemorySink()
+    optimizer = adam(model.parameters())
+    with Monitor(model, optimizer, counted, preflight=True, sinks=sink) as monitor:
+        train(model, optimizer, monitor)
+    [reading] = [r for r in sink.readings if r.name == "preflight_risk"]
+    assert math.isnan(reading.value)
+    assert reading.reason == "several processes train the model: call gradmon.preflight before it is wrapped"
+    assert not calls
