@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
-from gradmon._tensors import Coordinates
+from gradmon._tensors import Coordinates, from_plain, to_plain
 
 
 @dataclass(frozen=True)
@@ -196,3 +198,63 @@ class StepPair:
     step: Step
     other: Tensor | None
     other_after: Tensor | None
+
+
+_KINDS = {
+    kind.__name__: kind
+    for kind in (
+        BatchGradient,
+        WeightSweep,
+        ScaledSweep,
+        Curvature,
+        InputSweep,
+        PerExampleGradients,
+        GradientMoments,
+        InputGradients,
+        Step,
+        StepPair,
+    )
+}
+"""What can be saved, by its name."""
+
+
+def evidence_to_plain(value: object) -> Any:
+    """Evidence, or what it holds, as plain types; how its vectors count is left out, because the mask tells."""
+    if isinstance(value, Tensor):
+        return {"tensor": to_plain(value), "on_cpu": value.device.type == "cpu"}
+    if isinstance(value, Coordinates):
+        return {"coordinates": True}
+    if is_dataclass(value):
+        held = {field.name: evidence_to_plain(getattr(value, field.name)) for field in fields(value)}
+        return {"kind": type(value).__name__, "fields": held}
+    if isinstance(value, tuple):
+        return {"tuple": [evidence_to_plain(part) for part in cast("tuple[object, ...]", value)]}
+    if isinstance(value, Mapping):
+        return {"mapping": {k: evidence_to_plain(v) for k, v in cast("Mapping[str, object]", value).items()}}
+    return value
+
+
+def evidence_from_plain(state: Any, coordinates: Coordinates, device: torch.device) -> Any:
+    """What `evidence_to_plain` was given.
+
+    Args:
+        state: What it made of it.
+        coordinates: How its vectors count.
+        device: Where the weights are.
+    """
+
+    def restored(inner: Any) -> Any:
+        return evidence_from_plain(inner, coordinates, device)
+
+    if not isinstance(state, Mapping):
+        return state
+    held = cast("Mapping[str, Any]", state)
+    if "tensor" in held:
+        return from_plain(held["tensor"]).to("cpu" if held["on_cpu"] else device)
+    if "coordinates" in held:
+        return coordinates
+    if "tuple" in held:
+        return tuple(restored(part) for part in held["tuple"])
+    if "mapping" in held:
+        return {name: restored(part) for name, part in held["mapping"].items()}
+    return _KINDS[held["kind"]](**{name: restored(part) for name, part in held["fields"].items()})

@@ -353,13 +353,12 @@ class Monitor:
         """What a resumed run needs to go on as if it had not been interrupted, as plain types.
 
         The tracked direction has as many numbers as the model; a step that waits for the next batch some times as many.
-        A metric of the caller's that waits with other evidence is not part of it.
         """
         if self._disabled:
             return {}
         mask = self._setting.mask
         return {
-            "version": 2,
+            "version": 3,
             "step": self._step,
             "mask": None if mask is None else mask.state_dict(),
             "memory": self._setting.memory.state_dict(),
@@ -381,8 +380,8 @@ class Monitor:
         """
         if not state or self._disabled:
             return
-        if state.get("version") != 2:
-            raise ArgumentError("state", "be of version 2", state.get("version"))
+        if state.get("version") != 3:
+            raise ArgumentError("state", "be of version 3", state.get("version"))
         setting = self._setting
         self._step = int(state["step"])
         if self._step:

@@ -222,16 +222,7 @@ class ActiveObserver:
     def _read(
         self, scene: Scene, number: int, after: list[Tensor], taken: Taken | None, metrics: Sequence[Metric]
     ) -> list[Reading]:
-        waiting: list[tuple[Metric, list[Any]]] = []
-        readings: list[Reading] = []
-        for metric in metrics:
-            # What compares with the next batch waits for it; what is missing already says so now.
-            waits = StepPair in metric.needs
-            kinds = [Step if kind is StepPair else kind for kind in metric.needs]
-            found = self._reader.read(metric, lambda k=kinds, w=waits: self._seen(scene, k, w), number, gather=waits)
-            readings += found
-            if waits and not found:
-                waiting.append((metric, [scene.get(kind) for kind in kinds]))
+        readings, waiting = self._reader.divide(metrics, lambda kinds, waits: self._seen(scene, kinds, waits), number)
         if waiting:
             state, before = scene.objective.sandbox.random, scene.objective.base
             plain = taken is not None and is_plain(taken, scene)
@@ -362,7 +353,7 @@ class PassiveObserver:
             held |= {BatchGradient: lambda: seen, Step: lambda: step}
             finite = math.isfinite(seen.gradient_norm)
 
-        def gather(kinds: tuple[type, ...]) -> list[Any]:
+        def gather(kinds: Sequence[type], waits: bool) -> list[Any]:
             if not finite:
                 raise Unavailable("non-finite gradient")
             if self._probe is None and not LISTENED.isdisjoint(kinds):
@@ -373,14 +364,7 @@ class PassiveObserver:
                 raise Unavailable("no optimizer step was taken")
             return [held[kind]() for kind in kinds]
 
-        readings: list[Reading] = []
-        waiting: list[tuple[Metric, list[Any]]] = []
-        for metric in metrics:
-            if StepPair in metric.needs and finite and step is not None:
-                waiting.append((metric, [step]))
-            else:
-                kinds = tuple(Step if kind is StepPair else kind for kind in metric.needs)
-                readings += self._reader.read(metric, lambda k=kinds: gather(k), number)
+        readings, waiting = self._reader.divide(metrics, gather, number)
         if waiting and step is not None:
             self.pending = Pending(number, step, [], [], waiting, None)
         return readings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from gradmon._errors import Unavailable
-from gradmon._evidence import Step, StepPair
+from gradmon._evidence import Step, StepPair, evidence_from_plain, evidence_to_plain
 from gradmon._parameters import Weights
 from gradmon._reading import Reading
 from gradmon._snapshot import RandomState
@@ -21,8 +20,6 @@ from gradmon.measure import readings_from
 from gradmon.metrics import Metric
 from gradmon.publishing import Failures
 
-_TENSORS = ("weights", "perturbation", "gradient", "after")
-"""The tensors among the fields of a `Step`."""
 _PATIENCE = 3
 """How many times in a row a metric may fail before it is given up."""
 
@@ -50,29 +47,30 @@ class Pending:
     plain: bool = False
 
     def state_dict(self) -> dict[str, Any]:
-        """It as plain types, without metrics that wait with evidence of other kinds."""
-        fields = {field.name: getattr(self.step, field.name) for field in dataclasses.fields(self.step)}
-        del fields["coordinates"]
+        """It as plain types."""
+        evidence: list[Any] = [self.step]
+        waiting: dict[str, list[int]] = {}
+        for metric, held in self.waiting:
+            for seen in held:
+                if not any(seen is other for other in evidence):
+                    evidence.append(seen)
+            waiting[metric.name] = [next(i for i, e in enumerate(evidence) if e is seen) for seen in held]
         return {
             "number": self.number,
-            "step": {name: to_plain(value) if isinstance(value, Tensor) else value for name, value in fields.items()},
+            "evidence": [evidence_to_plain(seen) for seen in evidence],
             "before": [to_plain(value) for value in self.before],
             "after": [to_plain(value) for value in self.after],
-            "waiting": [m.name for m, evidence in self.waiting if all(seen is self.step for seen in evidence)],
+            "waiting": waiting,
             "random": None if self.random is None else self.random.state_dict(),
             "plain": self.plain,
         }
 
     @staticmethod
     def restored(state: Mapping[str, Any] | None, layout: Weights, metrics: Sequence[Metric]) -> Pending | None:
-        """What was saved, for those metrics that are still wanted; None where there was nothing."""
+        """What was saved, for those metrics that still want the same; None where there was nothing."""
         if state is None:
             return None
-        fields: dict[str, Any] = {
-            name: from_plain(value).to(layout.device) if name in _TENSORS and value is not None else value
-            for name, value in state["step"].items()
-        }
-        step = Step(coordinates=layout.coordinates, **fields)
+        evidence = [evidence_from_plain(seen, layout.coordinates, layout.device) for seen in state["evidence"]]
         values = [
             [
                 from_plain(value).to(parameter.device)
@@ -80,9 +78,18 @@ class Pending:
             ]
             for name in ("before", "after")
         ]
-        waiting = [(m, [step] * len(m.needs)) for m in metrics if m.name in state["waiting"]]
+        waiting: list[tuple[Metric, list[Any]]] = []
+        for metric in metrics:
+            held = [evidence[place] for place in state["waiting"].get(metric.name, [])]
+            if StepPair in metric.needs and list(map(type, held)) == at_first(metric):
+                waiting.append((metric, held))
         random = None if state["random"] is None else RandomState.restored(state["random"])
-        return Pending(int(state["number"]), step, values[0], values[1], waiting, random, bool(state["plain"]))
+        return Pending(int(state["number"]), evidence[0], values[0], values[1], waiting, random, bool(state["plain"]))
+
+
+def at_first(metric: Metric) -> list[type]:
+    """The evidence that a metric needs and that is there before the next batch."""
+    return [Step if kind is StepPair else kind for kind in metric.needs]
 
 
 class Reader:
@@ -146,6 +153,34 @@ class Reader:
         if not gather:
             self._in_a_row.pop(metric.name, None)
         return found
+
+    def divide(
+        self, metrics: Sequence[Metric], gather: Callable[[Sequence[type], bool], list[Any]], step: int
+    ) -> tuple[list[Reading], list[tuple[Metric, list[Any]]]]:
+        """The readings that can be had at once; what is missing already says so now.
+
+        Args:
+            metrics: The metrics.
+            gather: Gathers evidence of some kinds, for a metric that waits for the next batch, or does not.
+            step: The number of the step.
+
+        Returns:
+            The readings, and the metrics that wait for the next batch, each with the evidence that it has already.
+        """
+        readings: list[Reading] = []
+        waiting: list[tuple[Metric, list[Any]]] = []
+        for metric in metrics:
+            waits, held = StepPair in metric.needs, list[Any]()
+
+            def evidence(m: Metric = metric, w: bool = waits, into: list[Any] = held) -> list[Any]:
+                into[:] = gather(at_first(m), w)
+                return into
+
+            found = self.read(metric, evidence, step, gather=waits)
+            readings += found
+            if waits and not found:
+                waiting.append((metric, held))
+        return readings, waiting
 
     def complete(self, pending: Pending, pair: StepPair) -> list[Reading]:
         """The readings that waited for the next batch."""

@@ -829,7 +829,7 @@ def test_state_that_does_not_fit():
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     monitor = Monitor(model, optimizer, mse, mask=0.3)
-    with pytest.raises(gradmon.ArgumentError, match=r"`state` must be of version 2\. Got 1"):
+    with pytest.raises(gradmon.ArgumentError, match=r"`state` must be of version 3\. Got 1"):
         monitor.load_state_dict({**monitor.state_dict(), "version": 1})
     wide = nn.Sequential(nn.Linear(30, 50), nn.Linear(50, 2))
     other = Monitor(wide, torch.optim.SGD(wide.parameters(), lr=0.05), mse, mask=0.3)
