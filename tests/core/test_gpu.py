@@ -68,3 +68,28 @@ def test_tf32_does_not_get_in(precision):
     # The training's own passes may be coarse; the products made of them are not.
     tolerance = 1e-5 if precision == "ieee" else 1e-2
     np.testing.assert_allclose(gram.cpu(), exact.cpu(), atol=tolerance * float(exact.max()), rtol=0)
+
+
+@pytest.mark.parametrize("with_loss", [True, False], ids=["loss", "passive"])
+def test_step_between_probes_waits_for_nothing(with_loss):
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 10)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    batch = torch.randn(32, 64).cuda(), torch.randint(10, (32,)).cuda()
+    with gradmon.Monitor(
+        model, optimizer, loss if with_loss else None, schedule=lambda step: step in (2, 7)
+    ) as monitor:
+        for step in range(1, 8):
+            torch.cuda.set_sync_debug_mode("error" if step in (4, 5, 6) else "default")
+            try:
+                optimizer.zero_grad()
+                loss(model, batch).backward()
+                optimizer.step()
+                monitor.step(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert not monitor.failures
+        assert monitor.readings["gradient_rank"].step == 7
