@@ -97,6 +97,12 @@ class Weights:
             ).to("cpu" if self.device.type == "mps" else self.device)
         return Coordinates(tuple(zip(layers, held, self.sizes, strict=True)), weight, self.total)
 
+    @property
+    def signature(self) -> list[str]:
+        """What `w` consists of: each parameter's name, type and shape."""
+        pairs = zip(self.names, self.parameters, strict=True)
+        return [f"{name} {parameter.dtype} {list(parameter.shape)}" for name, parameter in pairs]
+
     def values(self) -> list[Tensor]:
         """Copies of the parameters' values, one tensor each."""
         return [parameter.detach().clone() for parameter in self.parameters]

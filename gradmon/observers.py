@@ -16,7 +16,7 @@ from gradmon._evidence import BatchGradient, Step, StepPair
 from gradmon._objective import Objective
 from gradmon._parameters import Weights
 from gradmon._reading import Reading
-from gradmon._tensors import length, ran_out
+from gradmon._tensors import length, ran_out, wide
 from gradmon._types import Batch, Derivative, Loss, Reduction
 from gradmon.masks import Mask
 from gradmon.metrics import Metric
@@ -37,13 +37,19 @@ from gradmon.probes import (
     is_plain,
     step_evidence,
 )
-from gradmon.reading import Pending, Reader
+from gradmon.reading import Pending, Reader, unavailable
 from gradmon.team import Team, Unsharded, gathered, passes_talk
 
 _NORMS: frozenset[type] = frozenset({BatchGradient, Step, StepPair})
 """What can be had of gradients and steps alone."""
 _UNLIKE = "weights or gradients differ from rank to rank: these do not train one model, or on gradients of their own"
 """Why several ranks cannot be measured as one."""
+_OTHERS = "which parameters are trained has changed since the step"
+"""Why a step, or the gradient after it, cannot be compared with what is there now."""
+_MOVED = "something other than the optimizer has moved the weights since the step"
+"""Why the next gradient is not that after the step."""
+_NEARLY = 1e-2
+"""How far the weights may be from where the step led, relative to its length: put back by who moved them."""
 _SHARDED = (
     "the model is sharded by fully_shard, so that its own passes cannot be listened to: give the monitor the loss"
 )
@@ -176,15 +182,17 @@ class ActiveObserver:
 
     def _look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         setting, layout = self._setting, self._setting.layout()
+        if taken is not None and not taken.fits(layout):
+            return unavailable(metrics, _OTHERS, number)
         setting.memory.begin()
         after = [parameter.detach() for parameter in layout.parameters]
-        before = after if taken is None or not taken.values else gathered(taken.values)
+        before = after if taken is None else gathered(taken.values)
         if (
             setting.team is not None
             and setting.memory.checks
             and setting.team.differ("weights", list(map(length, before)))
         ):
-            return [Reading(metric.name, math.nan, number, reason=_UNLIKE) for metric in metrics]
+            return unavailable(metrics, _UNLIKE, number)
         with Objective(
             setting.model, self._loss, batch, layout, self._reduction, before, team=setting.team
         ) as objective:
@@ -226,11 +234,14 @@ class ActiveObserver:
         if waiting:
             state, before = scene.objective.sandbox.random, scene.objective.base
             plain = taken is not None and is_plain(taken, scene)
-            self.pending = Pending(number, scene.get(Step), list(before), after, waiting, state, plain)
+            signature = scene.objective.weights.signature
+            self.pending = Pending(number, scene.get(Step), list(before), after, waiting, state, signature, plain)
         return readings
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """One pass on the next batch, or two where its gradient after the step is not at hand."""
+        if pending.signature != self._setting.layout().signature:
+            return pending.missing(_OTHERS)
         with self._setting.plain():
             return self._finish(pending, batch, taken)
 
@@ -248,7 +259,7 @@ class ActiveObserver:
             if not ran_out(error):
                 raise
         reason = memory.exhausted[StepPair] = EXHAUSTED
-        return [Reading(metric.name, math.nan, pending.number, reason=reason) for metric, _ in pending.waiting]
+        return pending.missing(reason)
 
     @staticmethod
     def _seen(scene: Scene, kinds: Sequence[type], waits: bool) -> list[Any]:
@@ -326,19 +337,19 @@ class PassiveObserver:
             (self._probe.arm if listens else self._probe.disarm)()
 
     def keep(self, metrics: Sequence[Metric]) -> Keep:
-        """Weights and gradients of a scheduled step, and gradients of the one after it."""
+        """Weights and gradients of a scheduled step, and of the one after it."""
         if self._probe is not None:
             self._probe.freeze()
-        if metrics:
-            return "both"
-        return "gradients" if self.pending is not None else "nothing"
+        return "both" if metrics or self.pending is not None else "nothing"
 
     def look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
         """What the training has revealed."""
         # Whole norms of a sharded model take all ranks.
         if self._setting.refused is not None and self._setting.team is None and self._setting.unsharded is not None:
-            return [Reading(metric.name, math.nan, number, reason=self._setting.refused) for metric in metrics]
+            return unavailable(metrics, self._setting.refused, number)
         layout = self._setting.layout()
+        if taken is not None and not taken.fits(layout):
+            return unavailable(metrics, _OTHERS, number)
         listened = any(LISTENED.intersection(metric.needs) for metric in metrics)
         held = self._probe.gather(batch) if self._probe is not None and listened else {}
         step, finite = None, True
@@ -347,7 +358,7 @@ class PassiveObserver:
             seen = gradient_evidence(layout, before, gradients, math.nan, 0)
             team = self._setting.team
             if team is not None and team.differ("norms", [seen.gradient_norm, seen.parameter_norm]):
-                return [Reading(metric.name, math.nan, number, reason=_UNLIKE) for metric in metrics]
+                return unavailable(metrics, _UNLIKE, number)
             after = gathered([parameter.detach() for parameter in layout.parameters])
             step = step_evidence(layout, before, after, layout.pick(gradients), None, layout.epsilon)
             held |= {BatchGradient: lambda: seen, Step: lambda: step}
@@ -366,15 +377,20 @@ class PassiveObserver:
 
         readings, waiting = self._reader.divide(metrics, gather, number)
         if waiting and step is not None:
-            self.pending = Pending(number, step, [], [], waiting, None)
+            self.pending = Pending(number, step, [], [], waiting, None, layout.signature)
         return readings
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """The step and the gradient that the optimizer used in the next one."""
         if taken is None:
             return []
-        layout = self._setting.layout()
-        return self._reader.complete(pending, StepPair(pending.step, None, layout.pick(gathered(taken.filled(layout)))))
+        layout, step = self._setting.layout(), pending.step
+        if pending.signature != layout.signature or not taken.fits(layout):
+            return pending.missing(_OTHERS)
+        led = wide(step.weights) + wide(step.perturbation)
+        if length(wide(layout.pick(gathered(taken.values))) - led) > _NEARLY * length(wide(step.perturbation)):
+            return pending.missing(_MOVED)
+        return self._reader.complete(pending, StepPair(step, None, layout.pick(gathered(taken.filled(layout)))))
 
     def close(self) -> None:
         """Take the hooks off, and let the step that waits go."""

@@ -35,6 +35,7 @@ class Pending:
         after: The weights after it; likewise.
         waiting: The metrics, each with the evidence that it has already.
         random: The random states that its passes began with; None without a loss.
+        signature: What the weights consist of.
         plain: Whether the gradient that the optimizer used was that of the batch, and nothing else.
     """
 
@@ -44,6 +45,7 @@ class Pending:
     after: list[Tensor]
     waiting: list[tuple[Metric, list[Any]]]
     random: RandomState | None
+    signature: list[str]
     plain: bool = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Pending:
             "after": [to_plain(value) for value in self.after],
             "waiting": waiting,
             "random": None if self.random is None else self.random.state_dict(),
+            "signature": self.signature,
             "plain": self.plain,
         }
 
@@ -84,7 +87,19 @@ class Pending:
             if StepPair in metric.needs and list(map(type, held)) == at_first(metric):
                 waiting.append((metric, held))
         random = None if state["random"] is None else RandomState.restored(state["random"])
-        return Pending(int(state["number"]), evidence[0], values[0], values[1], waiting, random, bool(state["plain"]))
+        return Pending(
+            int(state["number"]), evidence[0], values[0], values[1], waiting, random,
+            list(state["signature"]), bool(state["plain"]),
+        )  # fmt: skip
+
+    def missing(self, reason: str) -> list[Reading]:
+        """NaN with a reason for all that waits."""
+        return unavailable([metric for metric, _ in self.waiting], reason, self.number)
+
+
+def unavailable(metrics: Sequence[Metric], reason: str, step: int) -> list[Reading]:
+    """NaN with a reason for some metrics."""
+    return [Reading(metric.name, math.nan, step, reason=reason) for metric in metrics]
 
 
 def at_first(metric: Metric) -> list[type]:

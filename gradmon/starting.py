@@ -102,8 +102,7 @@ class Start:
 
     def keep(self, wanted: Keep) -> Keep:
         """What is to be kept of the coming step where something is wanted of it already."""
-        more: dict[Keep, Keep] = {"nothing": "weights", "gradients": "both"}
-        return more.get(wanted, wanted) if self._waits else wanted
+        return "weights" if self._waits and wanted == "nothing" else wanted
 
     def readings(
         self, step: int, batch: Batch, taken: Taken | None, rates: Sequence[float], failures: Failures, alone: bool

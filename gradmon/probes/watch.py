@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from gradmon._objective import dense
 from gradmon._parameters import Weights, trainable
 
-Keep = Literal["nothing", "weights", "gradients", "both"]
-"""What to keep of a step."""
+Keep = Literal["nothing", "weights", "both"]
+"""What to keep of a step: weights, and gradients with them."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,21 @@ class Taken:
     """What a step started from.
 
     Attributes:
-        values: The weights before it, one tensor per trainable parameter; empty unless asked for.
+        values: The weights before it, one tensor per trainable parameter.
         gradients: The gradients that the optimizer used, None for a parameter without one; empty unless asked for.
-        plain: Whether they are known to be those of one backward pass, as it left them.
+        parameters: The parameters that were trainable then.
+        plain: Whether the gradients are known to be those of one backward pass, as it left them.
     """
 
     values: list[Tensor]
     gradients: list[Tensor | None]
+    parameters: list[nn.Parameter]
     plain: bool = False
+
+    def fits(self, layout: Weights) -> bool:
+        """Whether the same parameters are trained now."""
+        now = layout.parameters
+        return len(now) == len(self.parameters) and all(a is b for a, b in zip(now, self.parameters, strict=True))
 
     def began_at(self, values: Sequence[Tensor]) -> bool:
         """Whether the step started from these weights."""
@@ -210,14 +217,14 @@ class StepWatch:
         overflow: Any = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
             return None  # a fused optimizer is about to skip this step
-        parameters = trainable(self._model).values()
-        values = [] if keep == "gradients" else [parameter.detach().clone() for parameter in parameters]
+        parameters = list(trainable(self._model).values())
+        values = [parameter.detach().clone() for parameter in parameters]
         scaled = getattr(optimizer, "grad_scale", None) is not None
         early, self._early = self._early, []
         if keep == "weights":
-            return Taken(values, [], plain and not scaled)
+            return Taken(values, [], parameters, plain and not scaled)
         gradients = early or ([] if later else self._read(optimizer))
-        return Taken(values, gradients, plain and not scaled)
+        return Taken(values, gradients, parameters, plain and not scaled)
 
     def _read(self, optimizer: Optimizer) -> list[Tensor | None]:
         """The gradients that the optimizer is about to use, without the scale that a fused one takes off itself."""
