@@ -23,18 +23,6 @@ NAMES += ["noise_scale", "noise_ratio", "gradient_snr"]
 PARTS = 3
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    seed(0)
-    yield
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-    while torch.overrides._get_current_function_mode_stack():  # one failing test shall not fail the next
-        torch.overrides._pop_mode()
-
-
 def seed(number):
     torch.manual_seed(number)
     np.random.seed(number)

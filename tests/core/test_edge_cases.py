@@ -26,13 +26,6 @@ EXAMPLES = (
 ALL = tuple(gradmon.METRICS)
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 def mse(model: nn.Module, batch) -> Tensor:
     return (model(batch[0]) - batch[1]).square().sum(-1).mean()
 

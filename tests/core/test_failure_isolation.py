@@ -31,13 +31,6 @@ GRADIENT = ["loss", "grad_norm", "param_norm"]
 ALL = [*EXAMPLES, *SWEEP, *CURVATURE, *NEXT, *STEP, *GRADIENT]
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 @pytest.fixture
 def log():
     records = []

@@ -11,7 +11,6 @@ import gradmon
 from gradmon._tensors import symmetric
 from tests import references
 from tests.core.passive import accumulated_shares, listened
-from tests.core.passive import seeded as seeded
 from tests.zoo import net
 
 # --- half of a symmetric product -----------------------------------------------------------------------------------

@@ -25,13 +25,6 @@ NEXT = {"step_condition", "step_share", "batch_share"}
 CLOCK = {"probe_seconds", "monitor_overhead"}
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 @pytest.fixture
 def log():
     """The records of the monitor's logger."""

@@ -20,16 +20,6 @@ from gradmon._batches import map_tensors, tensors
 SIZE = 6
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.manual_seed(0)
-    yield
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
 def mse(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 

@@ -19,7 +19,6 @@ from tests.core.passive import (
     shares,
     watching,
 )
-from tests.core.passive import seeded as seeded
 from tests.zoo import net
 
 

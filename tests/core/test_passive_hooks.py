@@ -8,7 +8,6 @@ from torch.utils.checkpoint import checkpoint
 from gradmon import Unavailable
 from gradmon.per_example import Listener
 from tests.core.passive import assert_gram, data, mse, shares
-from tests.core.passive import seeded as seeded
 from tests.core.passive_scenes import plain
 
 

@@ -34,7 +34,6 @@ from tests.core.passive import (
     truth,
     watching,
 )
-from tests.core.passive import seeded as seeded
 from tests.zoo import net, normal
 
 # --- bounded memory ------------------------------------------------------------------------------------------------

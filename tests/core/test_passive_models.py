@@ -31,7 +31,6 @@ from tests.core.passive import (
     truth,
     watching,
 )
-from tests.core.passive import seeded as seeded
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 

@@ -20,7 +20,6 @@ from tests.core.passive import (
     shares,
     watching,
 )
-from tests.core.passive import seeded as seeded
 from tests.core.passive_hard_scenes import (
     NEVER_WRONG,
     backward_in_two_parts,

@@ -30,7 +30,6 @@ from tests.core.passive import (
     shares,
     watching,
 )
-from tests.core.passive import seeded as seeded
 from tests.zoo import net
 
 # --- ways to train, after each of which the numbers are right ------------------------------------------------------

@@ -30,13 +30,6 @@ SIZE = 4
 TIGHT = 1e-11
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 def close(found, expected, tolerance=TIGHT):
     """Equal up to rounding, relative to the largest number."""
     found, expected = np.asarray(found), np.asarray(expected)

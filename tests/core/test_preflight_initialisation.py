@@ -13,14 +13,6 @@ from gradmon import ArgumentError, reinitialize
 SIZE = 40
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    state = torch.get_rng_state()
-    torch.manual_seed(2)
-    yield
-    torch.set_rng_state(state)
-
-
 def entropy(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 

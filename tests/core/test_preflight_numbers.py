@@ -15,14 +15,6 @@ from gradmon.preflight.scan import HALF
 CLASSES, SIZE = 5, 24
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    state = torch.get_rng_state()
-    torch.manual_seed(3)
-    yield
-    torch.set_rng_state(state)
-
-
 def entropy(model, batch):
     output = model(batch[0])
     return F.cross_entropy(output.reshape(-1, output.shape[-1]), batch[1].reshape(-1))

@@ -14,14 +14,6 @@ from gradmon.preflight.rates import rates_of, with_rates
 from gradmon.preflight.scan import HALF
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    state = torch.get_rng_state()
-    torch.manual_seed(1)
-    yield
-    torch.set_rng_state(state)
-
-
 def made():
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
 

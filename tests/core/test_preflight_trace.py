@@ -21,16 +21,6 @@ from gradmon_integrations.demo.runs import RECIPES, loss_of, network
 SIZE = 12
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    torch.manual_seed(0)
-    yield
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
 class Awkward(nn.Module):
     """Buffers, noise of every source, modes and counters that a forward pass changes."""
 

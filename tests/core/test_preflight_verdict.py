@@ -15,14 +15,6 @@ from gradmon.preflight.page import MEANINGS
 from gradmon.preflight.score import CAP, Signs, early, hinges, parts, probability
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    state = torch.get_rng_state()
-    torch.manual_seed(2)
-    yield
-    torch.set_rng_state(state)
-
-
 def entropy(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
 

@@ -26,14 +26,6 @@ from gradmon.preflight.score import parts
 STEPS = 12
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    yield
-    torch.set_rng_state(state)
-
-
 def small(family, optimizer):
     """The first configuration of a family with few layers and this optimizer."""
     return (

@@ -12,13 +12,6 @@ from gradmon.sinks import MemorySink
 SIZE = 6
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 def mse(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 

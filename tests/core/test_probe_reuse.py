@@ -10,7 +10,6 @@ from gradmon import Mask, Monitor, every
 from gradmon.sinks import MemorySink
 from tests import references
 from tests.core.test_probe_cost import MODELS, data, mlp, mse
-from tests.core.test_probe_cost import seeded as seeded
 
 # --- what is saved is right ------------------------------------------------------------------------------------------
 

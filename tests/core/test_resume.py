@@ -29,13 +29,6 @@ SIZE, STEPS = 6, 7
 CLOCK = {"probe_seconds", "monitor_overhead"}
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 def mse(model, batch):
     return (model(batch[0]) - batch[1]).square().mean()
 

@@ -20,13 +20,6 @@ NAMES = ["weight_condition", "sharpness", "stability"]
 P = 12
 
 
-@pytest.fixture(autouse=True)
-def seeded():
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
 # --- a quadratic loss ------------------------------------------------------------------------------------------------
 
 
