@@ -240,12 +240,12 @@ class ActiveObserver:
 
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """One pass on the next batch, or two where its gradient after the step is not at hand."""
-        if pending.signature != self._setting.layout().signature:
-            return pending.missing(_OTHERS)
         with self._setting.plain():
             return self._finish(pending, batch, taken)
 
     def _finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
+        if pending.signature != self._setting.layout().signature:
+            return pending.missing(_OTHERS)
         try:
             return self._reader.complete(pending, self._pair(pending, batch, taken))
         except Exception as error:

@@ -26,19 +26,19 @@ class Taken:
     Attributes:
         values: The weights before it, one tensor per trainable parameter.
         gradients: The gradients that the optimizer used, None for a parameter without one; empty unless asked for.
-        parameters: The parameters that were trainable then.
+        names: Those of the parameters that were trainable then.
         plain: Whether the gradients are known to be those of one backward pass, as it left them.
     """
 
     values: list[Tensor]
     gradients: list[Tensor | None]
-    parameters: list[nn.Parameter]
+    names: list[str]
     plain: bool = False
 
     def fits(self, layout: Weights) -> bool:
         """Whether the same parameters are trained now."""
-        now = layout.parameters
-        return len(now) == len(self.parameters) and all(a is b for a, b in zip(now, self.parameters, strict=True))
+        shapes = [value.shape for value in self.values]
+        return self.names == layout.names and shapes == [parameter.shape for parameter in layout.parameters]
 
     def began_at(self, values: Sequence[Tensor]) -> bool:
         """Whether the step started from these weights."""
@@ -217,14 +217,14 @@ class StepWatch:
         overflow: Any = getattr(optimizer, "found_inf", None)
         if overflow is not None and float(overflow) > 0:
             return None  # a fused optimizer is about to skip this step
-        parameters = list(trainable(self._model).values())
-        values = [parameter.detach().clone() for parameter in parameters]
+        named = trainable(self._model)
+        values = [parameter.detach().clone() for parameter in named.values()]
         scaled = getattr(optimizer, "grad_scale", None) is not None
         early, self._early = self._early, []
         if keep == "weights":
-            return Taken(values, [], parameters, plain and not scaled)
+            return Taken(values, [], list(named), plain and not scaled)
         gradients = early or ([] if later else self._read(optimizer))
-        return Taken(values, gradients, parameters, plain and not scaled)
+        return Taken(values, gradients, list(named), plain and not scaled)
 
     def _read(self, optimizer: Optimizer) -> list[Tensor | None]:
         """The gradients that the optimizer is about to use, without the scale that a fused one takes off itself."""
