@@ -162,15 +162,9 @@ class Monitor:
         check_input_module(model, input_module)
         self._optimizer, self._example_dim = optimizer, example_dim or 0
         info = described(
-            model,
-            optimizer,
-            passive=loss is None,
-            schedule=schedule,
-            mask=chosen,
-            seed=seed,
-            derivative=derivative,
+            model, optimizer, passive=loss is None, schedule=schedule, mask=chosen, seed=seed, derivative=derivative,
             hparams=hparams or {},
-        )
+        )  # fmt: skip
         alike = asked_alike(info, metrics, chosen, micro_batches, max_memory)
         team, place, refused = find_team(model, group, alike, group_timeout)
         self.rank = place if rank is None else rank
@@ -206,6 +200,7 @@ class Monitor:
         if optimizer is not None:
             self._watch = StepWatch(optimizer, model, self._keep, self.failures.note)
         self._due: list[Metric] = []
+        self._resting = 0
         self._plan()
         try:
             self._publisher.open(sinks, run, self.rank, info)
@@ -259,6 +254,9 @@ class Monitor:
         if self._closed:
             return
         self._step += 1
+        if self._resting:
+            self._resting -= 1
+            return
         self.failures.guard("step", lambda: self._see(batch), None)
         self._due = []
         self.failures.guard("plan", self._plan, None)
@@ -276,7 +274,8 @@ class Monitor:
         """Look at the step that was taken, and finish what waited for it."""
         self._pacer.enter()
         taken = None if self._watch is None else self._watch.take()
-        self._setting.rates = [] if self._watch is None else self._watch.rates
+        if self.wants_batch and self._watch is not None:
+            self._setting.rates = self._watch.rates
         pending, self._observer.pending = self._observer.pending, None
         if self._lockstep is None:
             self._publisher.publish(self._looked(batch, taken, pending))
@@ -311,13 +310,15 @@ class Monitor:
 
     def _keep(self) -> Keep:
         """What is to be kept of the step that the optimizer is about to take."""
-        return self._start.keep(self._observer.keep(self._due))
+        return "nothing" if self._resting else self._start.keep(self._observer.keep(self._due))
 
     def _plan(self) -> None:
         """See what is due in the coming step, and prepare for it."""
         self._due = self._pacer.due(self._step + 1)
         self.failures.guard("hooks", lambda: self._observer.prepare(self._watch, self._due), None)
         self._pacer.leave(self._observer.listens)
+        # Where nothing can be due for a while, neither the optimizer's hook nor `step` does anything.
+        self._resting = 0 if self.wants_batch or self._lockstep is not None else self._pacer.rest(self._step)
 
     def flush(self, seconds: float = 60.0) -> bool:
         """Wait until the sinks have taken all that they were given; whether they have, within some seconds."""

@@ -24,7 +24,7 @@ from gradmon._evidence import (
 from gradmon._reading import Reading
 from gradmon.metrics import Metric
 from gradmon.publishing import Failures
-from gradmon.schedules import Ledger, Schedule, budget
+from gradmon.schedules import Ledger, Schedule, budget, every
 
 _GROUPS: dict[type, str] = {
     BatchGradient: "gradient",
@@ -101,6 +101,7 @@ class Pacer:
         self._event: Any = None
         self._listened, self._listening = False, 0.0
         self._looked = True
+        self._idle, self._resting = 0.0, 0
         self._due: frozenset[str] = frozenset()
         self._plan: Plan | None = Plan(_SETTLING, []) if shared and self._budget is not None else None
 
@@ -153,12 +154,12 @@ class Pacer:
         self._event, self._listening = None, 0.0
         if self._left is None:
             return
-        lasted, usual = self._now - self._left, self._ledger.usual
+        lasted, usual, steps = self._now - self._left, self._ledger.usual, self._resting + 1
         if self._listened and usual > 0:  # what is beyond the usual is what listening took
             self._listening = max(0.0, lasted - usual)
             lasted = min(lasted, usual)
             self._ledger.spent(self._listening)
-        self._ledger.trained(lasted)
+        self._ledger.trained(lasted, steps)
 
     def ignore(self) -> None:
         """What came since it was last asked counts for nothing: it was asked for once, and does not come again."""
@@ -206,8 +207,19 @@ class Pacer:
     def leave(self, listens: bool) -> None:
         """The monitor is done with this step, and is going to listen to the next one, or not."""
         elapsed = self._elapsed()
-        self._ledger.spent(elapsed if self._looked else _AROUND * elapsed)
-        self._left, self._listened, self._looked = self._now, listens, False
+        if not self._looked:
+            elapsed *= _AROUND
+            self._idle = elapsed if self._idle == 0 else 0.9 * self._idle + 0.1 * elapsed
+        self._ledger.spent(elapsed)
+        self._left, self._listened, self._looked, self._resting = self._now, listens, False, 0
+
+    def rest(self, step: int) -> int:
+        """How many steps after this one it need not be told of, because nothing is due in them, nor just after them."""
+        if isinstance(self._schedule, every):
+            self._resting = max(0, self._schedule.following(step) - step - 2)
+        elif self._budget is not None and self._plan is None:
+            self._resting = self._budget.rest(self._idle)
+        return self._resting
 
     def readings(self, step: int, took: float) -> list[Reading]:
         """What the monitor itself costs."""

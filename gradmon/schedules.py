@@ -19,6 +19,8 @@ _FIRST = {"gradient": 4.0, "examples": 40.0, "weights": 25.0, "step": 25.0, "sca
 _FIRST_OF_OTHERS = 40.0
 _PART = 0.9
 """The part of a budget that is given to what can be timed; the rest is for hooks, and for what takes longer."""
+_ASKING = 0.1
+"""The part of a budget that may go into asking whether anything is due."""
 _PAUSE = 10
 """How many usual steps the time between two steps counts at most."""
 _MEDIAN_OF = 51
@@ -42,6 +44,10 @@ class every:  # noqa: N801 - reads as a word where it is used: schedule=every(50
     def __call__(self, step: int) -> bool:
         """Whether to look at this step."""
         return step % self.n == 0
+
+    def following(self, step: int) -> int:
+        """The first step after this one that is to be looked at."""
+        return (step // self.n + 1) * self.n
 
 
 @dataclass(frozen=True)
@@ -82,25 +88,29 @@ class Ledger:
         self.steps = 0
         self.usual = 0.0
         self._recent: deque[float] = deque(maxlen=_MEDIAN_OF)
-        self._last: deque[tuple[float, float]] = deque()
+        self._last: deque[tuple[int, float, float]] = deque()
+        self._told = self._last_steps = 0
         self._last_total = self._last_own = 0.0
         self._spent = 0.0
 
-    def trained(self, seconds: float) -> None:
-        """A step of the training took so long; what was spent before counts for it."""
-        self.steps += 1
-        self._recent.append(seconds)
-        if len(self._recent) < _MEDIAN_OF or self.steps % _MEDIAN_EVERY == 0:
+    def trained(self, seconds: float, steps: int = 1) -> None:
+        """A step of the training, or some together, took so long; what was spent before counts for them."""
+        self.steps += steps
+        self._told += 1
+        self._recent.append(seconds / steps)
+        if len(self._recent) < _MEDIAN_OF or self._told % _MEDIAN_EVERY == 0:
             self.usual = statistics.median(self._recent)
-        seconds = min(seconds, _PAUSE * self.usual)
+        seconds = min(seconds, (steps - 1 + _PAUSE) * self.usual)
         self.total += seconds
-        self._last.append((seconds, self._spent))
+        self._last.append((steps, seconds, self._spent))
+        self._last_steps += steps
         self._last_total += seconds
         self._last_own += self._spent
         self._spent = 0.0
-        if len(self._last) > self.window:
-            gone, own = self._last.popleft()
-            self._last_total, self._last_own = max(0.0, self._last_total - gone), max(0.0, self._last_own - own)
+        while self._last_steps - self._last[0][0] >= self.window:
+            gone, lasted, own = self._last.popleft()
+            self._last_steps -= gone
+            self._last_total, self._last_own = max(0.0, self._last_total - lasted), max(0.0, self._last_own - own)
 
     def spent(self, seconds: float) -> None:
         """The monitor took so long."""
@@ -201,6 +211,15 @@ class budget:  # noqa: N801 - as above
         # What does not fit even into a window of its own is paid for by the whole run.
         alone = self._last is None or ledger.steps - self._last >= ledger.window
         return alone and ledger.own + cost <= allowed
+
+    def rest(self, seconds: float) -> int:
+        """How many steps may go by before it is worth asking again.
+
+        Args:
+            seconds: What it takes to ask.
+        """
+        paid = _ASKING * self.fraction * self.ledger.usual
+        return min(self.ledger.window // 4, math.ceil(seconds / paid)) - 1 if paid > 0 and seconds > 0 else 0
 
     def looked(self, groups: Sequence[str], seconds: float, *, more: bool = False) -> None:
         """A probe of some groups took so long; the dearest of them pays.

@@ -163,7 +163,7 @@ class StepWatch:
 
     @property
     def rates(self) -> list[float]:
-        """The learning rates of the parameter groups in the last step; as they are now before the first."""
+        """The learning rates of the parameter groups in the last step of which anything was kept; else as they are."""
         return [float(rate) for rate in self._rates] or learning_rates(self._optimizer)
 
     def close(self) -> None:
@@ -174,13 +174,14 @@ class StepWatch:
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         try:
+            keep = self._wanted()
+            if keep == "nothing":
+                self._rates = []
+                self._deafen()
+                return None
             # A scheduler may change them before the monitor is called; those that are tensors it changes in place.
             rates = (group.get("lr") for group in optimizer.param_groups)
             self._rates = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates if rate is not None]
-            keep = self._wanted()
-            if keep == "nothing":
-                self._deafen()
-                return None
             closure = args[1] if len(args) > 1 else kwargs.get("closure")
             self._taken = taken = self._keep(optimizer, keep, closure is not None)
         except Exception as error:
