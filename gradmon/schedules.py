@@ -147,7 +147,8 @@ class budget:  # noqa: N801 - as above
 
     Time is wall-clock time, on CUDA that between events. A pause between steps (an evaluation, a checkpoint) counts no
     more than ten usual steps. The first probe of a group finds things out and takes several times as long as the later
-    ones: it is waited for accordingly. A budget belongs to one monitor.
+    ones: it is waited for accordingly. Where steps are so short that asking takes a tenth of the budget or more, the
+    monitor asks every few steps only, at most `window` / 4. A budget belongs to one monitor.
 
     Args:
         fraction: The monitor's time over the training's, in (0, 1].
