@@ -42,6 +42,7 @@ _STEPS = 14
 """The steps of an epoch of digits in batches of 128."""
 _RATES = (2.5e-4, 7.5e-4, 1.5e-3, 3e-3)
 _RATE_EPOCHS = 25
+_BLOCKS = 7
 
 
 def shown(values: list[float], digits: int = 3) -> str:
@@ -113,26 +114,30 @@ def loss_part(seeds: int, draw: bool) -> str:
 
 def rates_part(seeds: int, draw: bool) -> str:
     """The loss over a range of learning rates."""
-    found: dict[int, list[float]] = {1: [], 2: []}
+    found: dict[int, list[torch.Tensor]] = {1: [], 2: []}
     rows = []
     for rate in _RATES:
-        for n, medians in found.items():
-            curve = curves(Recipe(lr=rate, epochs=_RATE_EPOCHS, iterations=n), seeds)
-            medians.append(float(curve[:, -1].median()))
-        rows.append([f"{rate:g}", *(f"{medians[-1]:.3f}" for medians in found.values())])
+        for n, ends in found.items():
+            ends.append(curves(Recipe(lr=rate, epochs=_RATE_EPOCHS, iterations=n), seeds)[:, -1])
+        spans = [f"{ends[-1].median():.3f} ({ends[-1].min():.2f} to {ends[-1].max():.2f})" for ends in found.values()]
+        rows.append([f"{rate:g}", *spans])
     text = table(["learning rate", "RMSprop", "average gradient"], rows)
     if draw:
         from _figures import BLUE, ORANGE, panels
 
         figure, (axes,) = panels(1, 1, 4.2, 2.8)
-        axes.semilogx(_RATES, found[1], color=ORANGE, marker="o", label="RMSprop")
-        axes.semilogx(_RATES, found[2], color=BLUE, marker="o", label="average gradient")
-        axes.set(xlabel="learning rate", ylabel=f"training loss after {_RATE_EPOCHS} epochs")
+        for n, name, colour in ((1, "RMSprop", ORANGE), (2, "average gradient", BLUE)):
+            ends = torch.stack(found[n])
+            axes.semilogx(_RATES, ends.median(1).values, color=colour, marker="o", label=name)
+            axes.fill_between(_RATES, ends.min(1).values, ends.max(1).values, color=colour, alpha=0.15, lw=0)
+        axes.set(xlabel="learning rate", ylabel=f"training loss after {_RATE_EPOCHS} epochs", ylim=(0, None))
         axes.set_xticks(_RATES, [f"{rate:g}" for rate in _RATES])
         axes.minorticks_off()
         axes.legend()
-        text += "\n\n" + saved(figure, "average-gradient-rates", "The loss against the learning rate")
-    return f"Median training loss over {seeds} seeds, after {_RATE_EPOCHS} epochs of 27 tanh layers:\n\n{text}"
+        name = "The loss against the learning rate: median and range over seeds"
+        text += "\n\n" + saved(figure, "average-gradient-rates", name)
+    head = f"Training loss after {_RATE_EPOCHS} epochs of 27 tanh layers, median (range) over {seeds} seeds:"
+    return f"{head}\n\n{text}"
 
 
 def cost_part(seeds: int, draw: bool) -> str:
@@ -143,35 +148,64 @@ def cost_part(seeds: int, draw: bool) -> str:
         model = mlp(64, 10, depth, width)
         INITS["glorot"](model)
         x, t = torch.randn(128, 64), torch.randint(10, (128,))
-        base = torch.optim.RMSprop(model.parameters(), lr=1e-4, foreach=True)
-
-        def plain(model: Any = model, base: Any = base, x: Any = x, t: Any = t) -> None:
-            base.zero_grad()
-            cross_entropy(model(x), t).backward()
-            base.step()
-
-        works: dict[str, Callable[[], object]] = {"base": plain}
+        works: dict[str, Callable[[], object]] = {"base": passes(copy.deepcopy(model), x, t, 1)}
+        alone = dict(works)
         for n in (2, 5):
             twin = copy.deepcopy(model)
-            inner = torch.optim.RMSprop(twin.parameters(), lr=1e-4, foreach=True)
-            optimizer = AverageGradient(inner, iterations=n)
+            optimizer = AverageGradient(torch.optim.RMSprop(twin.parameters(), lr=1e-4, foreach=True), iterations=n)
 
             def work(twin: Any = twin, optimizer: Any = optimizer, x: Any = x, t: Any = t) -> object:
                 return optimizer.step(lambda: cross_entropy(twin(x), t))
 
             works[str(n)] = work
-        times: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(200 if width == 10 else 40):
-            for name, each in works.items():
-                start = time.process_time_ns()
-                each()
-                times[name].append((time.process_time_ns() - start) / 1e6)
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        ratios = [f"{medians[name] / medians['base']:.2f}" for name in ("2", "5")]
-        rows.append([f"{depth} x {width}", f"{medians['base']:.2f}", *ratios])
-    return "A step in steps of RMSprop (`foreach`), batch 128, one thread, process CPU time:\n\n" + table(
-        ["tanh layers", "RMSprop, ms", "2 iterations", "5 iterations"], rows
+            alone[f"passes of {n}"] = passes(copy.deepcopy(model), x, t, n)
+        ratios: dict[str, list[float]] = {name: [] for name in ("2", "passes of 2", "5", "passes of 5")}
+        bases: list[float] = []
+        for _ in range(_BLOCKS):
+            for some in (works, alone):
+                medians = interleaved(some, 40 if width == 10 else 10)
+                bases.append(medians.pop("base"))
+                for name, median in medians.items():
+                    ratios[name].append(median / bases[-1])
+        spans = [
+            f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})" for values in ratios.values()
+        ]
+        rows.append([f"{depth} x {width}", f"{statistics.median(bases):.2f}", *spans])
+    names = [f"{n} iterations{rest}" for n in (2, 5) for rest in ("", ", the passes alone")]
+    head = (
+        "A step in steps of RMSprop (`foreach`), batch 128, one thread, process CPU time, interleaved; median (range) "
+        f"of {_BLOCKS} blocks, each with its own medians:"
     )
+    return head + "\n\n" + table(["tanh layers", "RMSprop, ms", *names], rows)
+
+
+def passes(model: Any, x: torch.Tensor, t: torch.Tensor, n: int) -> Callable[[], None]:
+    """A step of RMSprop, and n - 1 more forward passes without and backward passes through its graph."""
+    parameters = list(model.parameters())
+    base = torch.optim.RMSprop(parameters, lr=1e-4, foreach=True)
+
+    def work() -> None:
+        base.zero_grad()
+        loss = cross_entropy(model(x), t)
+        loss.backward(retain_graph=n > 1)
+        for left in range(n - 2, -1, -1):
+            with torch.no_grad():
+                cross_entropy(model(x), t)
+            torch.autograd.grad(loss, parameters, retain_graph=left > 0)
+        base.step()
+
+    return work
+
+
+def interleaved(works: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median process CPU time of each work, in milliseconds, over rounds of all of them."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, each in works.items():
+            start = time.process_time_ns()
+            each()
+            times[name].append((time.process_time_ns() - start) / 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 _PEAK = """

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from gradmon_integrations.workloads.average_gradient.keeping import Buffers
 from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
-from gradmon_integrations.workloads.average_gradient.recording import Recorder, Replayer, Table
+from gradmon_integrations.workloads.average_gradient.recording import Recorder, Replayer
+from gradmon_integrations.workloads.average_gradient.secants import Secants
+from gradmon_integrations.workloads.average_gradient.watching import Table, Watch
 
 
 class Averaging:
@@ -23,6 +25,11 @@ class Averaging:
         random: The random states that it began with.
         buffers: The buffers that it began with.
         news: Whether modules may be called whose buffers are not known yet.
+        secants: Works out slopes together; None where they cannot wait.
+
+    Attributes:
+        loss: As given.
+        secants: As given, or None where something was found to be written to later.
     """
 
     def __init__(
@@ -34,16 +41,19 @@ class Averaging:
         random: RandomStates,
         buffers: Buffers,
         news: bool,
+        secants: Secants | None,
     ) -> None:
         self.loss = loss
         self._closure, self._calls, self._table = closure, recorder.calls, table
         self._random, self._buffers, self._news = random, buffers, news
+        self.secants = secants
 
     def prepare(self) -> bool:
         """Make the graph ready for slopes; whether inputs or outputs had to be found again, since they were changed."""
         averaged = [call for call in self._calls if call.averaged]
         written = any(call.written for call in averaged)
         if written:
+            self.secants = None
             after = RandomStates(all_kinds=True)
             self.replay(restoring=True)
             after.restore()
@@ -60,15 +70,22 @@ class Averaging:
         Returns:
             The loss there.
         """
-        self._random.restore()
-        replayer = Replayer(self._table, self._calls, restoring=restoring)
-        torch.clear_autocast_cache()  # it holds other weights
-        with self._buffers.apart(exploring=self._news), torch.no_grad(), replayer:
-            loss = self._closure()
-        replayer.finish()
+        loss, whole = self._replayed(restoring)
+        if not whole:
+            self.secants = None
+            loss, _ = self._replayed(restoring)
         return loss
 
-    def gradient(self, parameters: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+    def _replayed(self, restoring: bool) -> tuple[Tensor, bool]:
+        """The loss, and whether all slopes were found."""
+        self._random.restore()
+        replayer = Replayer(self._calls, secants=self.secants, restoring=restoring)
+        torch.clear_autocast_cache()  # it holds other weights
+        with self._buffers.apart(exploring=self._news), torch.no_grad(), Watch(self._table, replayer):
+            loss = self._closure()
+        return loss, replayer.finish()
+
+    def gradient(self, parameters: Sequence[Tensor], *, last: bool) -> list[Tensor]:
         """The gradient with the slopes of the last replay.
 
         Args:
@@ -78,7 +95,7 @@ class Averaging:
         Returns:
             One tensor per parameter.
         """
-        return torch.autograd.grad(self.loss, parameters, retain_graph=not last)
+        return list(torch.autograd.grad(self.loss, parameters, retain_graph=not last))
 
 
 def place(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

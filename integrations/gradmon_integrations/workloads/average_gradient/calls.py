@@ -27,40 +27,26 @@ class Call:
         outer: The node that the gradient of y enters; the same one for a function with a node of its own.
         slope: What stands for the derivative; None while that does itself.
         near: 1 where the derivative stands for itself even so, 0 elsewhere; None for 0 everywhere.
+        room: Where `near` may be written.
         received: The gradient of y, on its way from `outer` to `inner`.
         middle: For a linear function, its Jacobians at the midpoint, if those are wanted.
     """
 
-    __slots__ = (
-        "form",
-        "inner",
-        "lasting",
-        "middle",
-        "near",
-        "options",
-        "outer",
-        "received",
-        "shape",
-        "slope",
-        "versions",
-        "weight",
-        "x",
-        "y",
-    )
+    x: Tensor | None = None
+    y: Tensor | None = None
+    versions = (0, 0)
+    inner: Any = None
+    outer: Any = None
+    middle: Midpoint | None = None
+    slope: Tensor | None = None
+    near: Tensor | None = None
+    room: Tensor | None = None
+    received: Tensor | None = None
 
     def __init__(self, form: Form, shape: torch.Size, options: tuple[Any, ...], weight: Tensor | None) -> None:
         self.form, self.shape, self.options, self.weight = form, shape, options, weight
         # The first question is far quicker than the second, and mostly settles it.
         self.lasting = type(weight) is nn.Parameter or (weight is not None and isinstance(weight, nn.Parameter))
-        self.x: Tensor | None = None
-        self.y: Tensor | None = None
-        self.versions = (0, 0)
-        self.inner: Any = None
-        self.outer: Any = None
-        self.middle: Midpoint | None = None
-        self.slope: Tensor | None = None
-        self.near: Tensor | None = None
-        self.received: Tensor | None = None
 
     def keep(self, x: Tensor, y: Tensor) -> None:
         """Keep input and output."""
@@ -99,15 +85,19 @@ class Call:
         arriving = outputs[0] if self.inner is self.outer else self.received
         if slope is None or arriving is None or inputs[0] is None:
             return None
-        averaged = slope.mul_(arriving)
+        averaged = torch.mul(slope, arriving)
         # At weights 0 and 1 `lerp` returns its ends as they are.
-        return (averaged if near is None else averaged.lerp_(inputs[0], near),)
+        if near is not None:
+            averaged.lerp_(inputs[0], near)
+        return (averaged,)
 
     def between(self, x_after: Tensor, y_after: Tensor) -> None:
         """Note the slope from the input and output that were kept to those after the step."""
         x, y, slope = self.x, self.y, self.form.slope
         if x is None or y is None or slope is None:
             return
+        # The closure may have gradients on.
+        x, y, x_after, y_after = (tensor.detach() for tensor in (x, y, x_after, y_after))
         moved = torch.sub(x_after, x)
         self.near = _near(moved)
         if slope is secant:
@@ -120,7 +110,7 @@ class Call:
 
     def release(self) -> None:
         """Let go of all tensors and nodes, which refer to each other in a circle."""
-        self.x = self.y = self.slope = self.near = self.received = self.weight = None
+        self.x = self.y = self.slope = self.near = self.room = self.received = self.weight = None
         self.inner = self.outer = None
         if self.middle is not None:
             self.middle.release()

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from gradmon_integrations.workloads.average_gradient.update import SMALL, copy_all, flattened, unflattened
+from gradmon_integrations.workloads.average_gradient.update import SMALL, copy_all, joined, unflattened
+
+_PLAIN = (int, float, str, type(None))
 
 
 class OptimizerState:
@@ -39,8 +41,21 @@ class OptimizerState:
 
     def keep(self) -> None:
         """Copy the state as it is now."""
-        states = [(key, held) for key, held in self._optimizer.state.items() if isinstance(held, dict)]
-        tensors = [value for _, held in states for value in held.values() if isinstance(value, Tensor)]
+        states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
+        others: dict[Any, Any] = {}
+        tensors: list[Tensor] = []
+        odd: list[tuple[dict[Any, Any], Any]] = []
+        for key, held in self._optimizer.state.items():
+            if not isinstance(held, dict):
+                others[key] = held
+                continue
+            kept = held.copy()
+            states.append((key, held, kept))
+            for name, value in kept.items():
+                if isinstance(value, Tensor):
+                    tensors.append(value)
+                elif not isinstance(value, _PLAIN):
+                    odd.append((kept, name))
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             self._sort(tensors)
         if not self._whole:
@@ -49,15 +64,10 @@ class OptimizerState:
             {name: _copied(value) for name, value in group.items() if name != "params"}
             for group in self._optimizer.param_groups
         ]
-        self._others = {
-            key: copy.deepcopy(held) for key, held in self._optimizer.state.items() if not isinstance(held, dict)
-        }
-        self._states = [(key, held, dict(held)) for key, held in states]
-        for _, _, kept in self._states:
-            for name, value in kept.items():
-                if not isinstance(value, Tensor | int | float | str | None):
-                    kept[name] = copy.deepcopy(value)
-        self._joined = [flattened(many) for many in self._small]
+        for kept, name in odd:
+            kept[name] = copy.deepcopy(kept[name])
+        self._states, self._others = states, copy.deepcopy(others)
+        self._joined = [joined(many) for many in self._small]
         for number, value in enumerate(self._large):
             if self._spare[number].shape == value.shape and value.layout == torch.strided:
                 self._spare[number].copy_(value.detach())

@@ -17,9 +17,11 @@ from gradmon_integrations.workloads.average_gradient.graph import check_graph
 from gradmon_integrations.workloads.average_gradient.keeping import Buffers, OptimizerState
 from gradmon_integrations.workloads.average_gradient.measurement import Measurement
 from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
-from gradmon_integrations.workloads.average_gradient.recording import Recorder, Table
+from gradmon_integrations.workloads.average_gradient.recording import Recorder
+from gradmon_integrations.workloads.average_gradient.secants import Secants
 from gradmon_integrations.workloads.average_gradient.slopes import FUNCTIONS, Function, Slope, is_seen
 from gradmon_integrations.workloads.average_gradient.update import Candidate, copy_all
+from gradmon_integrations.workloads.average_gradient.watching import Table, Watch
 
 Closure = Callable[[], Tensor]
 Linear = Literal["plain", "midpoint"]
@@ -62,8 +64,9 @@ class AverageGradient(Optimizer):
     whichever call, weights, random states, buffers and the base's state are put back, and there are no gradients; a
     base's state of more than `undo` bytes is not, and the exception says so.
 
-    Beside what the base optimizer takes, a step holds one more copy of the weights, two with more than 2 iterations,
-    and the inputs and outputs of the nonlinearities.
+    Beside what the base optimizer takes, a step holds two more copies of the weights, of which one is kept from step to
+    step, and the inputs, outputs and slopes of the nonlinearities. With more than 2 iterations the other one is kept,
+    too, up to 64 MiB.
 
     After the step `grad` holds what the base optimizer left there, the ordinary gradient; what it held before is
     replaced, so there is no need for `zero_grad`. Gradients of other leaves, such as another optimizer's parameters,
@@ -131,6 +134,7 @@ class AverageGradient(Optimizer):
         self._optimizer_load_state_dict_pre_hooks = base._optimizer_load_state_dict_pre_hooks
         self._optimizer_load_state_dict_post_hooks = base._optimizer_load_state_dict_post_hooks
         self._table = Table(self.functions, self.linear == "midpoint")
+        self._secants: Secants | None = Secants()
         self._buffers = Buffers()
         self._state = OptimizerState(self.base, self.undo)
         self._candidate: Candidate | None = None
@@ -197,7 +201,9 @@ class AverageGradient(Optimizer):
             if plain:
                 self.base.step()
             elif active:
-                self._average(Averaging(closure, loss, recorder, self._table, random, self._buffers, news), active)
+                averaging = Averaging(closure, loss, recorder, self._table, random, self._buffers, news, self._secants)
+                self._average(averaging, active)
+                self._secants = averaging.secants
         except BaseException as error:
             if state is not None and not state.restore():
                 error.add_note(_ADVANCED)
@@ -209,6 +215,8 @@ class AverageGradient(Optimizer):
         finally:
             recorder.release()
             self._buffers.release()
+            if self._secants is not None:
+                self._secants.clear()
         return loss.detach()
 
     def _forward(self, closure: Closure, recorder: Recorder, explore: bool) -> Tensor:
@@ -218,7 +226,7 @@ class AverageGradient(Optimizer):
             ArgumentError: It is no loss.
         """
         torch.clear_autocast_cache()  # it holds the weights of the last step
-        with self._buffers.exploring() if explore else nullcontext(), torch.enable_grad(), recorder:
+        with self._buffers.exploring() if explore else nullcontext(), torch.enable_grad(), Watch(self._table, recorder):
             loss: Any = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             got = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else repr(loss)
@@ -251,7 +259,6 @@ class AverageGradient(Optimizer):
                 candidate = self._candidate = Candidate(active)
             origin = [parameter.data for parameter in active]
             ascending = self._ascending(active)
-            losses: list[Tensor] = []
             # Behind the hooks of others, which may change the gradients, and before the base, which may, too.
             note = self.base.register_step_pre_hook(
                 lambda *_: candidate.note([parameter.grad for parameter in active], ascending)
@@ -269,25 +276,37 @@ class AverageGradient(Optimizer):
                     place(active, origin)
                     candidate.note(averaging.gradient(active, last=False), ascending)
                     place(active, candidate.values)
-                point: Sequence[Tensor] = origin
-                for left in range(self.iterations - 2, -1, -1):
-                    losses.append(averaging.replay())
-                    place(active, origin)
-                    average = averaging.gradient(active, last=left == 0)
-                    point = candidate.signed(origin, average, last=not (left or self.measure))
-                    place(active, point)
-                    del average  # the next one is to find its memory free
-                if self.measure:
-                    losses.append(averaging.replay())
-                    copy_all(origin, point)
-                    self.measurement.add(*(float(loss.detach()) for loss in (averaging.loss, losses[0], losses[-1])))
+                self._iterate(averaging, candidate, active, origin)
+            except BaseException:
+                place(active, origin)
+                raise
             finally:
                 note.remove()
-                place(active, origin)
+                candidate.release()
             torch.autograd.graph.increment_version(active)
             for parameter, gradient in zip(active, gradients, strict=True):
                 parameter.grad = gradient
             after.restore()
+
+    def _iterate(
+        self, averaging: Averaging, candidate: Candidate, active: Sequence[Tensor], origin: Sequence[Tensor]
+    ) -> None:
+        """From the base's candidate, which is in place, to the weights after the step, which are then."""
+        losses, point = list[Tensor](), origin
+        for left in range(self.iterations - 2, -1, -1):
+            losses.append(averaging.replay())
+            place(active, origin)
+            point = origin  # that before is not held any longer, and its memory free for the gradient
+            candidate.forget()
+            last = not (left or self.measure)
+            point = candidate.signed(origin, averaging.gradient(active, last=left == 0), last=last)
+            if not last:
+                place(active, point)
+        if self.measure:
+            losses.append(averaging.replay())
+            copy_all(origin, point)
+            place(active, origin)
+            self.measurement.add(*(float(loss.detach()) for loss in (averaging.loss, losses[0], losses[-1])))
 
     def _ascending(self, active: Sequence[Tensor]) -> list[int]:
         """The places of the parameters that are stepped along their gradients."""

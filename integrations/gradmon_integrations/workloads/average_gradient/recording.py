@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.overrides import TorchFunctionMode
 
 from gradmon._errors import GradmonError
 from gradmon_integrations.workloads.average_gradient.calls import Call
 from gradmon_integrations.workloads.average_gradient.midpoint import Midpoint
-from gradmon_integrations.workloads.average_gradient.slopes import Form, Function, Slope, forms, name_of
+from gradmon_integrations.workloads.average_gradient.secants import Secants
+from gradmon_integrations.workloads.average_gradient.slopes import Form
+from gradmon_integrations.workloads.average_gradient.watching import Table
 
-LINEAR: tuple[Function, ...] = (
-    F.linear,
-    *(torch.conv1d, torch.conv2d, torch.conv3d),
-    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
-)
-"""The functions of an input and a weight, in this order, that are linear in each."""
-
-_FUSED = (
-    *("lstm", "gru", "rnn_tanh", "rnn_relu"),
-    *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
-)
-_FUSED_WHY = (
-    "torch.{name} hides its nonlinearities inside one function, where their slopes cannot be averaged. Write the "
-    "recurrence with torch.tanh and torch.sigmoid, or train this model with the base optimizer alone."
-)
-_NESTED_WHY = (
-    "The closure calls torch.autograd.grad: where derivatives of the model are part of its loss, the slopes of its "
-    "functions are not all that is to be averaged. Train this model with the base optimizer alone."
-)
 _HALF_WHY = (
     "The slopes of {name} need float32 or float64. Got {dtype}: its rounding would hide most of the change that a step "
     "makes. Leave autocast and half precision to the base optimizer."
 )
-
-
 _DIFFERS = "The closure must do the same whenever it is called: it must have no state of its own that changes."
 _OTHER_DATA = (
     "The closure must use the same batch whenever it is called. The input of its first layer was another one when it "
@@ -51,91 +30,97 @@ class ReplayError(GradmonError):
     """The closure did something else when it was called again."""
 
 
-class Table:
-    """What to watch among all that a forward pass calls.
+class Recorder:
+    """Told of the watched calls of a forward pass whose graph is kept.
 
     Args:
-        functions: The functions whose derivatives are averaged, each with its slope.
-        midpoint: Whether those of linear functions are, too.
-    """
-
-    def __init__(self, functions: Mapping[Function, Slope], midpoint: bool) -> None:
-        self.midpoint = midpoint
-        self.forms: dict[Any, Form] = forms(functions)
-        self.names = {form.name.replace("_", "") for form in self.forms.values()}
-        self.linear = {function: Form(function, name_of(function), None) for function in LINEAR}
-        self.refused: dict[Any, str] = {getattr(torch, name): _FUSED_WHY.format(name=name) for name in _FUSED}
-        self.refused[torch.autograd.grad] = _NESTED_WHY
-        self.watched = {**self.linear, **self.refused, **self.forms, F.multilabel_soft_margin_loss: None}
-
-
-class Recorder(TorchFunctionMode):
-    """Sees the watched calls of a forward pass whose graph is kept.
-
-    Args:
-        table: What to watch.
+        table: What is watched.
         copying: Whether to keep copies of inputs and outputs, because something writes into them later.
 
     Attributes:
         calls: The calls, in their order.
+        copying: As given.
         opaque: Whether a function was called that uses a watched one inside, as part of a loss.
     """
 
     def __init__(self, table: Table, *, copying: bool) -> None:
-        super().__init__()
-        self._table, self._copying = table, copying
-        self._watched, self._forms, self._linears = table.watched, table.forms, table.linear
+        self._table, self.copying = table, copying
         self.calls: list[Call] = []
         self.opaque = False
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass a call on, and note it if it is one to watch."""
-        if func not in self._watched:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        if "out" in kwargs:
-            return func(*args, **kwargs)
-        form = self._forms.get(func)
-        if form is not None:
-            x, rest, named = _input(args, kwargs)
-            return self._nonlinear(form, func, x, rest, named)
-        if func in self._linears:
-            return self._linear(self._linears[func], func, *_operands(args, kwargs))
-        self.opaque = self.opaque or func is F.multilabel_soft_margin_loss
-        refuse(self._table, func)
-        return func(*args, **kwargs)
 
     def kind(self) -> tuple[Any, ...]:
         """What tells this forward pass from others: the functions and weights in their order."""
         # Other weights than parameters are made anew in each forward pass.
-        return tuple((call.form.key, id(call.weight) if call.lasting else 0) for call in self.calls)
+        return tuple([(call.form.key, id(call.weight) if call.lasting else 0) for call in self.calls])
 
     def release(self) -> None:
         """Let go of all tensors and nodes."""
         for call in self.calls:
-            call.release()
+            if call.averaged:
+                call.release()
+        self.calls = []
 
-    def _linear(self, form: Form, func: Any, x: Tensor, weight: Tensor, rest: list[Any], kwargs: dict[str, Any]) -> Any:
+    def other(self, function: Any) -> None:
+        """Refuse what hides nonlinearities.
+
+        Args:
+            function: What is called.
+
+        Raises:
+            GradmonError: It does.
+        """
+        self.opaque = self.opaque or function is F.multilabel_soft_margin_loss
+        self._table.refuse(function)
+
+    def linear(self, form: Form, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Note a call of a linear function.
+
+        Args:
+            form: What is called.
+            function: As it is called.
+            args: With what, by position.
+            kwargs: And by name.
+
+        Returns:
+            What the call returns.
+        """
+        x, weight = operands(args, kwargs)
         call = Call(form, x.shape, (), weight)
         self.calls.append(call)
         if len(self.calls) == 1 and not x.requires_grad:
             call.x = x  # the data: it must be the same in the replay
         curved = self._table.midpoint and torch.is_grad_enabled()
         if not (curved and (x.requires_grad or weight.requires_grad)):
-            return func(x, weight, *rest, **kwargs)
-        call.middle = Midpoint(func, rest, kwargs)
+            return function(*args, **kwargs)
+        named = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
+        call.middle = Midpoint(function, list(args[2:]), named)
         return call.middle.call(x, weight)
 
-    def _nonlinear(self, form: Form, func: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def nonlinear(self, form: Form, function: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note a call of a function whose derivative is averaged.
+
+        Args:
+            form: What is called.
+            function: As it is called.
+            x: Its input.
+            rest: Its other arguments by position.
+            kwargs: And by name.
+
+        Returns:
+            What the call returns.
+
+        Raises:
+            GradmonError: The function is not elementwise, or its input too coarse.
+        """
         call = Call(form, x.shape, (rest, kwargs), None)
         self.calls.append(call)
         if not (x.requires_grad and torch.is_grad_enabled()):
-            return func(x, *rest, **kwargs)
+            return function(x, *rest, **kwargs)
         if x.dtype not in (torch.float32, torch.float64):
             raise GradmonError(_HALF_WHY.format(name=form.name, dtype=x.dtype))
         if form.apart is None and not kwargs.get("inplace"):
-            y = self._traced(call, form, func, x, rest, kwargs)
-            if self._copying:
+            y = self._traced(call, form, function, x, rest, kwargs)
+            if self.copying:
                 call.keep(x.detach().clone(), y.detach().clone())
             else:
                 call.keep(x, y)
@@ -143,7 +128,7 @@ class Recorder(TorchFunctionMode):
         # Not in place after all: x is wanted later, and on a view autograd would leave no node of the function's own.
         kwargs = {**kwargs, "inplace": False} if kwargs.get("inplace") else kwargs
         before = x.clone()
-        y = self._traced(call, form, form.apart or func, before, rest, kwargs)
+        y = self._traced(call, form, form.apart or function, before, rest, kwargs)
         call.keep(before, y)
         return x.copy_(y)
 
@@ -166,51 +151,67 @@ class Recorder(TorchFunctionMode):
         return y
 
 
-class Replayer(TorchFunctionMode):
+class Replayer:
     """Compares the watched calls of another forward pass with those of the first, and notes the slopes between them.
 
     Args:
-        table: What to watch.
         calls: The calls of the first forward pass.
+        secants: Where slopes of small tensors are worked out together; None to work out each at once.
         restoring: Whether to take this pass, at the same weights, for what the first one kept.
     """
 
-    def __init__(self, table: Table, calls: list[Call], *, restoring: bool = False) -> None:
-        super().__init__()
-        self._table, self._calls, self._restoring = table, calls, restoring
-        self._watched, self._forms, self._linears = table.watched, table.forms, table.linear
+    def __init__(self, calls: list[Call], *, secants: Secants | None = None, restoring: bool = False) -> None:
+        self._calls, self._secants, self._restoring = calls, secants, restoring
         self._place = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Pass a call on, and compare it if it is one to watch."""
-        if func not in self._watched:
-            return func(*args, **kwargs) if kwargs else func(*args)
-        kwargs = kwargs or {}
-        if "out" in kwargs:
-            return func(*args, **kwargs)
-        form = self._forms.get(func)
-        if form is not None:
-            x, rest, named = _input(args, kwargs)
-            return self._nonlinear(form, func, x, rest, named)
-        if func in self._linears:
-            x, weight, _, _ = _operands(args, kwargs)
-            call = self._next(self._linears[func], x, (), weight)
-            if call.x is not None and not _same(call.x, x):
-                raise ReplayError(_OTHER_DATA)
-            if call.middle is not None and not self._restoring:
-                call.middle.between(x, weight)
-        return func(*args, **kwargs)
+    def other(self, function: Any) -> None:
+        """Pass over what the first pass let be."""
 
-    def _nonlinear(self, form: Form, func: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def linear(self, form: Form, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Compare a call of a linear function.
+
+        Args:
+            form: What is called.
+            function: As it is called.
+            args: With what, by position.
+            kwargs: And by name.
+
+        Returns:
+            What the call returns.
+
+        Raises:
+            ReplayError: The first pass called something else, or had other data.
+        """
+        x, weight = operands(args, kwargs)
+        call = self._next(form, x, (), weight)
+        if call.x is not None and not _same(call.x, x):
+            raise ReplayError(_OTHER_DATA)
+        if call.middle is not None and not self._restoring:
+            call.middle.between(x, weight)
+        return function(*args, **kwargs)
+
+    def nonlinear(self, form: Form, function: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compare a call of a function whose derivative is averaged.
+
+        Args:
+            form: What is called.
+            function: As it is called.
+            x: Its input.
+            rest: Its other arguments by position.
+            kwargs: And by name.
+
+        Returns:
+            What the call returns.
+        """
         call = self._next(form, x, (rest, kwargs), None)
         if call.inner is None:
-            return func(x, *rest, **kwargs)
+            return function(x, *rest, **kwargs)
         in_place = form.apart is not None or kwargs.get("inplace")
         before = x.clone() if in_place or self._restoring else x
-        y = func(x, *rest, **kwargs)
+        y = function(x, *rest, **kwargs)
         if self._restoring:
             call.keep(before, y.clone())
-        else:
+        elif in_place or self._secants is None or not self._secants.take(call, before, y):
             call.between(before, y)
         return y
 
@@ -231,8 +232,8 @@ class Replayer(TorchFunctionMode):
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has other options.")
         return call
 
-    def finish(self) -> None:
-        """Check that nothing is missing.
+    def finish(self) -> bool:
+        """Check that nothing is missing; whether all slopes are found, since none of what they need was written to.
 
         Raises:
             ReplayError: The forward pass ended early.
@@ -240,33 +241,14 @@ class Replayer(TorchFunctionMode):
         if self._place < len(self._calls):
             missing = self._calls[self._place].form.name
             raise ReplayError(f"{_DIFFERS} Call {self._place + 1}, {missing}, is missing now.")
+        return self._secants is None or self._secants.finish()
 
 
-def _input(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
-    """The input of a function, and its other arguments, by position and by name."""
-    if args:
-        return args[0], args[1:], kwargs
-    return kwargs["input"], (), {name: value for name, value in kwargs.items() if name != "input"}
-
-
-def _operands(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, list[Any], dict[str, Any]]:
-    """The input and the weight of a linear function, and its other arguments, by position and by name."""
+def operands(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """The input and the weight of a linear function, given by position or by name."""
     if len(args) > 1:
-        x, weight, *rest = args
-        return x, weight, rest, kwargs
-    named = dict(kwargs)
-    x = args[0] if args else named.pop("input")
-    return x, named.pop("weight"), [], named
-
-
-def refuse(table: Table, func: Any) -> None:
-    """Refuse a function that hides nonlinearities, or takes their derivatives.
-
-    Raises:
-        GradmonError: It is such a function.
-    """
-    if func in table.refused:
-        raise GradmonError(table.refused[func])
+        return args[0], args[1]
+    return args[0] if args else kwargs["input"], kwargs["weight"]
 
 
 def _plain(options: tuple[Any, ...]) -> Any:

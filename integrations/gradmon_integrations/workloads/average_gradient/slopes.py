@@ -82,6 +82,7 @@ class Form:
         slope: What stands for its derivative; None where there is no other than the ordinary one.
         apart: For a form that works in place, the one that does not.
         whole: Whether its derivative is a node of its own in autograd's graph, found out at its first call.
+        linear: Whether it is a function of an input and a weight, linear in each.
     """
 
     key: Function
@@ -89,6 +90,7 @@ class Form:
     slope: Slope | None
     apart: Function | None = None
     whole: bool | None = None
+    linear: bool = False
 
 
 def forms(functions: Mapping[Function, Slope]) -> dict[Any, Form]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from operator import is_
 from typing import Any, cast
@@ -19,6 +19,8 @@ SMALL = 1 << 14
 """Up to so many elements tensors are worked on together: one call for all costs less than one for each."""
 _CHUNK = 1 << 16
 """So many elements of a larger tensor are worked on at a time: what is between stays in the processor's cache."""
+KEPT = 1 << 26
+"""Up to so many bytes of weights are kept for later iterations: memory that is given back is slow to get again."""
 
 
 class Candidate:
@@ -39,6 +41,7 @@ class Candidate:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         _check_apart(parameters)
         self._parameters = list(parameters)
+        self._kinds = _kinds(parameters)
         self.values = [parameter.data for parameter in parameters]
         self._reached = list(self.values)
         self._blocks: list[_Block] = []
@@ -50,11 +53,12 @@ class Candidate:
                 places, unflattened(after, models), unflattened(reached, models), strict=True
             ):
                 self.values[place], self._reached[place] = view, other
-        joined = {place for block in self._blocks for place in block.places}
-        self._large = [place for place in range(len(self.values)) if place not in joined]
+        small = {place for block in self._blocks for place in block.places}
+        self._large = [place for place in range(len(self.values)) if place not in small]
         for place in self._large:
             self.values[place] = torch.empty_like(self.values[place])
-        self._spare: dict[int, Tensor] = {}  # for more than two iterations
+        self._rooms: dict[torch.dtype, list[Tensor]] = {}
+        self._spare: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
         self._marks: dict[int, tuple[int, Tensor]] = {}
         self._ascending: Sequence[int] = ()
@@ -62,19 +66,15 @@ class Candidate:
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it was made for these parameters as they are."""
         old = self._parameters
-        return len(old) == len(parameters) and all(map(is_, old, parameters)) and self._same_kind()
-
-    def _same_kind(self) -> bool:
-        return all(
-            parameter.shape == value.shape and parameter.dtype is value.dtype and parameter.device == value.device
-            for parameter, value in zip(self._parameters, self.values, strict=True)
-        )
+        return len(old) == len(parameters) and all(map(is_, old, parameters)) and self._kinds == _kinds(parameters)
 
     def begin(self, before: Sequence[Tensor]) -> None:
         """Start from w, one tensor per parameter: `values` are equal to it."""
-        copy_all(self.values, before)
         for block in self._blocks:
-            block.before = block.after.clone()
+            block.before = joined([before[place] for place in block.places])
+            block.after.copy_(block.before)
+        for place in self._large:
+            self.values[place].copy_(before[place])
 
     def note(self, gradients: Sequence[Tensor | None], ascending: Sequence[int]) -> None:
         """Take up the gradients that the base optimizer starts from.
@@ -91,7 +91,7 @@ class Candidate:
         for place in ascending:
             found[place] = -found[place]
         for block in self._blocks:
-            block.signs = flattened([found[place] for place in block.places]).sign()
+            block.signs = joined([found[place] for place in block.places]).sign_()
         self._gradients = {place: found[place] for place in self._large}
         self._marks = {place: (found[place]._version, _some(found[place]).clone()) for place in self._large}
 
@@ -110,39 +110,67 @@ class Candidate:
                 value.copy_(parameter)
             parameter.grad = None
 
-    def signed(self, before: Sequence[Tensor], average: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+    def release(self) -> None:
+        """Let go of the gradients, so that their memory is free for the next ones."""
+        self._gradients, self._marks = {}, {}
+        self.forget()
+
+    def signed(self, before: Sequence[Tensor], average: list[Tensor], *, last: bool) -> Sequence[Tensor]:
         """The weights after a step with the signs of the average gradient.
 
         Args:
             before: w, one tensor per parameter.
-            average: a; used up.
+            average: a; the list is emptied, so that its memory is free as soon as may be.
             last: Whether to write them to w, which is then gone.
 
         Returns:
-            One tensor per parameter.
+            One tensor per parameter: w itself if it is the last, otherwise what holds until the next call or `forget`.
         """
-        average = list(average)
         for place in self._ascending:
             average[place] = -average[place]
         for block in self._blocks:
-            joined = flattened([average[place] for place in block.places])
-            signed_step(block.before, block.after, block.signs, joined, out=block.reached)
-        for place in self._large:
-            if not last and place not in self._spare:
-                self._spare[place] = torch.empty_like(before[place])
-            target = self._reached[place] = before[place] if last else self._spare[place]
-            parts = [some[place] for some in (before, self.values, self._gradients, average)]
-            for w, w_after, g, a, out in _chunks([*parts, target]):
-                signed_step(w, w_after, g, a, out=out)
+            signs = flattened([average[place] for place in block.places])
+            signed_step(block.before, block.after, block.signs, signs, block.reached)
         reached = list(self._reached)
-        for place in self._large:
-            self._reached[place] = self.values[place]
-        if last:
-            small = [place for block in self._blocks for place in block.places]
-            if small:
-                copy_all([before[place] for place in small], [reached[place] for place in small])
-            return before
-        return reached
+        average.reverse()
+        for place, w in enumerate(before):
+            a = average.pop()
+            if place in self._gradients:
+                if not last and place not in self._spare:
+                    self._spare[place] = torch.empty_like(w)
+                reached[place] = w if last else self._spare[place]
+                self._signed_in_parts(w, self.values[place], self._gradients[place], a, reached[place])
+        if not last:
+            return reached
+        small = [place for block in self._blocks for place in block.places]
+        if small:
+            copy_all([before[place] for place in small], [reached[place] for place in small])
+        return before
+
+    def forget(self) -> None:
+        """Let go of the weights that `signed` gave, if they are many, so that there is room for the next gradient."""
+        if sum(spare.nbytes for spare in self._spare.values()) > KEPT:
+            self._spare = {}
+
+    def _signed_in_parts(self, *tensors: Tensor) -> None:
+        """`signed_step` of a large tensor, some elements at a time; at once where its tensors do not lie alike."""
+        if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+            before, after, gradient, average, out = tensors
+            signed_step(before, after, gradient, average, out)
+            return
+        dtype, size = tensors[0].dtype, tensors[0].numel()
+        if dtype not in self._rooms:
+            self._rooms[dtype] = [torch.empty(_CHUNK, dtype=dtype) for _ in range(3)]
+        rooms, flat = self._rooms[dtype], [tensor.view(-1) for tensor in tensors]
+        if size < _CHUNK:
+            rooms = [room[:size] for room in rooms]
+        if size <= _CHUNK:
+            before, after, gradient, average, out = flat
+            signed_step(before, after, gradient, average, out, rooms)
+            return
+        for before, after, gradient, average, out in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
+            some = rooms if before.numel() == _CHUNK else [room[: before.numel()] for room in rooms]
+            signed_step(before, after, gradient, average, out, some)
 
 
 class _Block:
@@ -178,8 +206,17 @@ def _extent(tensor: Tensor) -> int:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """Up to about 256 of its elements, from everywhere."""
-    return tensor.reshape(-1)[:: max(1, tensor.numel() // 256)]
+    """Some of its elements: 32 side by side in each of 8 places, since single ones come from memory one by one."""
+    flat = tensor.reshape(-1)
+    return flat[: flat.numel() // 8 * 8].view(8, -1)[:, :32]
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """A copy of tensors of one type, end to end."""
+    if len(tensors) > 1:
+        return flattened(tensors)
+    # Of a single tensor torch would make no copy.
+    return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -196,14 +233,23 @@ def _together(tensors: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterable[tuple[Tensor, ...]]:
-    """Tensors of one shape, some elements of all of them at a time; at once where they do not lie alike."""
-    if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
-        return [tuple(tensors)]
-    return zip(*(tensor.view(-1).split(_CHUNK) for tensor in tensors), strict=True)
+def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
+    """What must stay for a copy of these tensors to fit: shapes, types and devices."""
+    return [
+        [tensor.shape for tensor in tensors],
+        [tensor.dtype for tensor in tensors],
+        [tensor.device for tensor in tensors],
+    ]
 
 
-def signed_step(before: Tensor, after: Tensor, gradient: Tensor, average: Tensor, out: Tensor) -> None:
+def signed_step(
+    before: Tensor,
+    after: Tensor,
+    gradient: Tensor,
+    average: Tensor,
+    out: Tensor,
+    rooms: Sequence[Tensor] | tuple[None, None, None] = (None, None, None),
+) -> None:
     """The weights after a step of the base's lengths whose signs are those of the average gradient.
 
     Where a has the sign of g, the base's own step stands, bit by bit, and so it does where a is not a number. Where it
@@ -213,20 +259,22 @@ def signed_step(before: Tensor, after: Tensor, gradient: Tensor, average: Tensor
         before: w, any shape.
         after: w', where the base optimizer would go.
         gradient: g, from which it would go there, or sgn(g).
-        average: a; it is used up.
+        average: a.
         out: Where to write; may be w itself.
+        rooms: Three tensors to work in, if there are any.
     """
-    finite = math.isfinite(average.sum())
-    if not finite:
-        average = torch.where(average.isnan(), gradient, average)
-    wanted = average.sign_()
+    wanted = torch.sign(average, out=rooms[0])
     # 0 where the signs agree, 1 where not: numbers take a fifth of the time of booleans and `where`.
-    other = torch.sign(gradient)
+    other = torch.sign(gradient, out=rooms[1])
     torch.ne(other, wanted, out=other)
-    step = torch.sub(after, before).abs_().mul_(wanted)
-    torch.sub(before, step, out=step)
-    if finite:
+    step = torch.sub(after, before, out=rooms[2]).abs_()
+    # One number for both: it is finite only if all of a and all lengths are.
+    size = torch.dot(average, step) if average.ndim == 1 else (average * step).sum()
+    if math.isfinite(size):
+        torch.addcmul(before, step, wanted, value=-1, out=step)
         # At weights 0 and 1 `lerp` returns its ends as they are, if both are finite.
         torch.lerp(after, step, other, out=out)
-    else:
-        out.copy_(torch.where(other == 1, step, after))
+        return
+    wanted = torch.where(average.isnan(), gradient, average).sign_()
+    step = torch.where(wanted == 0, before, torch.sub(before, step.mul_(wanted)))
+    out.copy_(torch.where(wanted == torch.sign(gradient), after, step))
