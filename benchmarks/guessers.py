@@ -2,174 +2,31 @@
 
 One thread; costs in process CPU time, interleaved in one process, medians. Usage:
 
-    python benchmarks/guessers.py [--only cost,memory,cosine,bias,train] [--write]
+    python benchmarks/guessers.py [--only cost,memory,cosine,bias,train,structure,sharpening] [--write]
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import resource
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from _digits import digits
+from _guesser_costs import alone, cost, memory
+from _guesser_nets import accuracy, data, draw, each, mlp, train
 from _report import table, write_section
-from overhead import timed
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from gradmon_integrations.workloads.guessers import (
-    GUESSERS,
-    CosineMatched,
-    GuessedGradient,
-    estimate_gradient,
-)
+from gradmon_integrations.workloads.guessers import GUESSERS, CosineMatched, GuessedGradient, estimate_gradient
 from gradmon_integrations.workloads.guessers.bias import bias_curve, limit_cosine
 from gradmon_integrations.workloads.guessers.comparing import cosines, one_step_effectiveness, true_gradient
 from gradmon_integrations.workloads.guessers.guesser import Guesser
-from gradmon_integrations.workloads.guessers.noise import Seeded
-from gradmon_integrations.workloads.guessers.passes import Passes
+from gradmon_integrations.workloads.guessers.settings import Normalize
 from gradmon_integrations.workloads.guessers.structure import effective_ranks, jacobian_spectra, subspace_shares
 
 PAGE = Path(__file__).parent.parent / "docs" / "workloads" / "guessers.md"
-Batch = tuple[Tensor, Tensor]
 SHOWN = ("directional", "activation", "activation-masked", "mixing", "weight-transpose", "downstream", "downstream-2")
-
-
-def each(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy of each example."""
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def mlp(depth: int, width: int, inner: int = 64) -> nn.Module:
-    """`depth` linear layers with ReLU in between."""
-    sizes = [inner, *[width] * (depth - 1), 10]
-    layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-def data() -> Batch:
-    """The digits as rows, with mean 0 and variance 1 over all pixels."""
-    images, labels = digits()
-    rows = images.flatten(1)
-    return (rows - rows.mean()) / rows.std(), labels
-
-
-def draw(whole: Batch, count: int, generator: torch.Generator) -> Batch:
-    """Some examples, with replacement."""
-    chosen = torch.randint(len(whole[1]), (count,), generator=generator)
-    return whole[0][chosen], whole[1][chosen]
-
-
-def train(
-    model: nn.Module, guesser: Guesser | None, steps: int, rate: float, seed: int, **options: bool
-) -> list[float]:
-    """AdamW on batches of 256 by guesses, or by backpropagation; the accuracy on all digits every 100 steps."""
-    whole, generator = data(), torch.Generator().manual_seed(seed)
-    base = torch.optim.AdamW(model.parameters(), lr=rate)
-    guesses = torch.Generator().manual_seed(seed)
-    optimizer = None if guesser is None else GuessedGradient(base, guesser, model, generator=guesses, **options)
-    reached: list[float] = []
-    for step in range(1, steps + 1):
-        batch = draw(whole, 256, generator)
-        if optimizer is None:
-            base.zero_grad()
-            each(model, batch).mean().backward()
-            base.step()
-        else:
-            optimizer.step(lambda batch=batch: each(model, batch))
-        if step % 100 == 0:
-            reached.append(accuracy(model, whole))
-    return reached
-
-
-def accuracy(model: nn.Module, whole: Batch) -> float:
-    """The share of all examples that is told right."""
-    with torch.no_grad():
-        return float((model(whole[0]).argmax(1) == whole[1]).float().mean())
-
-
-def cost() -> str:
-    """What a guess costs in plain forward passes."""
-    rows: list[list[str]] = []
-    for depth, width in ((6, 128), (6, 512)):
-        torch.manual_seed(0)
-        model, batch = mlp(depth, width), (torch.randn(256, 64), torch.randint(10, (256,)))
-
-        def forward(model: nn.Module = model, batch: Batch = batch) -> None:
-            with torch.no_grad():
-                each(model, batch)
-
-        def jvp(model: nn.Module = model, batch: Batch = batch) -> Callable[[], object]:
-            with Passes(model, each, batch) as passes:
-                structure, noise = passes.record(False, False), Seeded(0)
-            tangents = {s.number: noise.draw((16, *s.shape), s.like, "normal") for s in structure.sites}
-
-            def along() -> None:
-                with Passes(model, each, batch) as passes:
-                    passes.tangent(structure, lambda site: tangents[site.number], {}, 16, True)
-
-            return along
-
-        works: dict[str, tuple[Callable[[], object], int]] = {
-            "plain forward pass": (forward, 1),
-            "backpropagation": (lambda model=model, batch=batch: true(model, batch), 1),
-            "Jacobian-vector product, 16 at a time": (jvp(), 16),
-        }
-        for name in ("directional", "activation", "weight-transpose", "downstream", "mixing"):
-            for count, hold in ((1, False), (16, False), (16, True)):
-                label = f"{name}, {count} guess{'es' * (count > 1)}{', held' * hold}"
-
-                def work(
-                    name: str = name, count: int = count, hold: bool = hold, m: nn.Module = model, b: Batch = batch
-                ) -> object:
-                    return estimate_gradient(m, each, b, GUESSERS[name], guesses=count, hold=hold)
-
-                works[label] = (work, count)
-        seconds: dict[str, list[float]] = {name: [] for name in works}
-        for _ in range(5):
-            for name, (work, _) in works.items():
-                seconds[name].append(timed(work))
-        base = statistics.median(seconds["plain forward pass"])
-        found = {name: statistics.median(seconds[name]) / base / works[name][1] for name in works}
-        rows.append([f"{depth} x {width}", *(f"{found[name]:.2f}" for name in works)])
-    names = list(works)
-    return table(["per guess, in forward passes", *(row[0] for row in rows)],
-                 [[name, *(row[1 + place] for row in rows)] for place, name in enumerate(names)])  # fmt: skip
-
-
-def true(model: nn.Module, batch: Batch) -> object:
-    """Forward and backward."""
-    return torch.autograd.grad(each(model, batch).mean(), list(model.parameters()))
-
-
-def alone(name: str) -> None:
-    """One estimate of a deep network's gradient, in a process of its own: the growth of its peak memory in MiB."""
-    torch.manual_seed(0)
-    model, batch = mlp(48, 256), (torch.randn(1024, 64), torch.randint(10, (1024,)))
-    small = batch[0][:8], batch[1][:8]
-    run: Callable[[Batch], object] = lambda of: true(model, of)  # noqa: E731
-    if name != "backpropagation":
-        run = lambda of: estimate_gradient(model, each, of, GUESSERS[name])  # noqa: E731
-    run(small)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(batch)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-
-
-def memory() -> str:
-    """Peak resident memory of one estimate against backpropagation's; the median of three fresh processes."""
-    rows: list[list[str]] = []
-    for name in ("backpropagation", *SHOWN):
-        command = [sys.executable, __file__, "--alone", name]
-        runs = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(3)]
-        rows.append([name, f"{statistics.median(map(float, runs)):.0f}"])
-    return table(["48 x 256, B = 1024", "MiB on top of a small batch"], rows)
 
 
 def cosine() -> str:
@@ -188,9 +45,9 @@ def cosine() -> str:
                 if step % 30 == 0:
                     truth = true_gradient(model, each, batch)
                     for name in SHOWN:
-                        normal = {} if name != "mixing" else {"normalize": "example"}
+                        normal: Normalize = "example" if name == "mixing" else "none"
                         estimates = [
-                            estimate_gradient(model, each, batch, GUESSERS[name], generator=generator, **normal)
+                            estimate_gradient(model, each, batch, GUESSERS[name], generator=generator, normalize=normal)
                             for _ in range(3)
                         ]
                         layered = estimate_gradient(
@@ -214,21 +71,43 @@ def cosine() -> str:
     return table(header, rows)
 
 
-def bias() -> str:
+def bias(draws: bool) -> str:
     """The cosine of the mean of n guesses for one example, and its limit."""
     torch.manual_seed(0)
     model, whole = mlp(6, 128), data()
     train(model, None, 20, 1e-3, 0)
     one = whole[0][:1], whole[1][:1]
     rows: list[list[str]] = []
-    counts = (16, 64, 256, 1024, 4096)
+    counts = (1, 4, 16, 64, 256, 1024, 4096)
+    found: dict[str, tuple[list[float], float]] = {}
     for name in SHOWN[1:]:
         batch = one if name != "mixing" else (whole[0][:32], whole[1][:32])
         curve = bias_curve(model, each, batch, GUESSERS[name], counts, generator=torch.Generator().manual_seed(1))
         limit = limit_cosine(model, each, batch, GUESSERS[name])
         rows.append([name, *(f"{curve[count]:.3f}" for count in counts), f"{limit:.3f}"])
+        found[name] = [curve[count] for count in counts], limit
         print(rows[-1], flush=True)
-    return table(["guesses", *map(str, counts), "limit"], rows)
+    text = table(["guesses", *map(str, counts), "limit"], rows)
+    if draws:
+        from _figures import BLUE, GREEN, GREY, ORANGE, PINK, panels
+
+        figure, (axes,) = panels(1, 1, 6.4, 3.2)
+        colours = (BLUE, "#56b4e9", PINK, ORANGE, GREEN, GREY)
+        for (name, (values, limit)), colour in zip(found.items(), colours, strict=True):
+            axes.semilogx(counts, values, color=colour, marker="o", markersize=3, label=name)
+            axes.axhline(limit, color=colour, linestyle="--", linewidth=0.8)
+        axes.set(xlabel="guesses", ylabel="cosine to the true gradient", ylim=(0, 1.03))
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+        text += "\n\n" + saved(
+            figure, "guessers-bias", "Cosine of the mean of n guesses to the gradient, and the limits, dashed"
+        )
+    return text
+
+
+def saved(figure: Any, name: str, text: str) -> str:
+    """Write the figure beside the page; the Markdown that shows it."""
+    figure.savefig(PAGE.with_name(f"{name}.svg"), metadata={"Date": None})
+    return f"![{text}]({name}.svg)"
 
 
 def training(names: Sequence[str] = ()) -> str:
@@ -256,7 +135,7 @@ def training(names: Sequence[str] = ()) -> str:
     return table(["AdamW, 1e-3", "3 x 128: 200 steps", "600", "6 x 128: 200 steps", "600"], rows)
 
 
-def sharpening() -> str:
+def sharpening(draws: bool) -> str:
     """Self-sharpening: downstream, uniform noise, the last layer exact, for longer."""
     torch.manual_seed(0)
     model, whole = mlp(4, 256), data()
@@ -268,7 +147,7 @@ def sharpening() -> str:
     rows: list[list[str]] = []
     for step in range(4001):
         batch = draw(whole, 128, generator)
-        if step % 500 == 0:
+        if step % 250 == 0:
             truth = true_gradient(model, each, batch)
             found = [
                 cosines(
@@ -283,35 +162,99 @@ def sharpening() -> str:
             rows.append([str(step), f"{statistics.mean(found):.3f}", f"{rank:.1f}", f"{accuracy(model, whole):.3f}"])
             print(rows[-1], flush=True)
         optimizer.step(lambda batch=batch: each(model, batch))
-    return table(["step", "cosine without the last layer", "effective rank, hidden", "accuracy"], rows)
+    text = table(["step", "cosine without the last layer", "effective rank, hidden", "accuracy"], rows)
+    if draws:
+        from _figures import BLUE, ORANGE, panels
+
+        figure, axes = panels(1, 2, 7.0, 2.6)
+        steps, *columns = ([float(row[place]) for row in rows] for place in range(4))
+        for place, (values, colour) in enumerate(zip(columns[:2], (BLUE, ORANGE), strict=True)):
+            axes[place].plot(steps, values, color=colour, marker="o", markersize=3)
+            axes[place].set(xlabel="step")
+        axes[0].set_ylim(0, None)
+        axes[0].set(ylabel="cosine, hidden layers")
+        axes[1].set(ylabel="effective rank, hidden layers")
+        text += "\n\n" + saved(
+            figure, "guessers-sharpening", "Cosine of a guess and effective rank over training by self-sharpening"
+        )
+    return text
 
 
-def structure() -> str:
-    """Subspaces and spectra of a network that was trained for 300 steps."""
-    torch.manual_seed(0)
-    model, whole = mlp(6, 128), data()
-    start = effective_ranks(model)
-    train(model, None, 300, 1e-3, 0)
-    batch = whole[0][:256], whole[1][:256]
-    shares, ranks = subspace_shares(model, each, batch), effective_ranks(model)
-    few = whole[0][:8], whole[1][:8]
-    spectra = jacobian_spectra(model, each, few)
-    rows: list[list[str]] = []
-    for number, name in enumerate(ranks):
+def structure(draws: bool) -> str:
+    """Ranks, subspaces and spectra of a network over training."""
+    runs = {name: _watched(None if name == "backpropagation" else GUESSERS[name]) for name in _WATCHED}
+    looks = runs["backpropagation"]
+    start, last = looks[0], looks[-1]
+    spectra, rows = last.spectra, list[list[str]]()
+    for number, name in enumerate(last.ranks):
         seen = [spectra.get((number, count)) for count in range(1, 5)]
         decays = ["" if s is None else f"{float(s[min(9, len(s) - 1)] / s[0]):.3f}" for s in seen]
-        share, random = shares[number]
-        rows.append([name, f"{start[name]:.1f}", f"{ranks[name]:.1f}", f"{share:.2f}", f"{random:.2f}", *decays])
-    header = ["layer", "effective rank at first", "after 300 steps", "share in the span", "at random"]
-    return table([*header, *(f"s_10 / s_1, {count} layers" for count in range(1, 5))], rows)
+        share, random = last.shares[number]
+        rows.append([name, f"{start.ranks[name]:.1f}", f"{last.ranks[name]:.1f}", f"{share:.2f}", f"{random:.2f}"])
+        rows[-1] += decays
+    header = ["layer", "effective rank at first", f"after {_STEPS} steps", "share in the span", "at random"]
+    text = table([*header, *(f"s_10 / s_1, {count} layers" for count in range(1, 5))], rows)
+    return f"{text}\n\n{_structure_figure(runs)}" if draws else text
 
 
-PARTS: dict[str, Callable[[], str]] = {
-    "memory": memory,
-    "cost": cost,
-    "cosine": cosine,
+_WATCHED, _STEPS, _LOOK = ("backpropagation", "downstream"), 600, 50
+
+
+class Look(NamedTuple):
+    """What is seen at one step of training; of the spectra, at the last."""
+
+    ranks: dict[str, float]
+    shares: dict[int, tuple[float, float]]
+    spectra: dict[tuple[int, int], torch.Tensor]
+
+
+def _watched(guesser: Guesser | None) -> list[Look]:
+    torch.manual_seed(0)
+    model, whole = mlp(6, 128), data()
+    batch, few, looks = (whole[0][:256], whole[1][:256]), (whole[0][:8], whole[1][:8]), list[Look]()
+
+    def look(step: int) -> None:
+        if step % _LOOK == 0:
+            spectra = jacobian_spectra(model, each, few) if step == _STEPS else {}
+            looks.append(Look(effective_ranks(model), subspace_shares(model, each, batch), spectra))
+
+    train(model, guesser, _STEPS, 1e-3, 0, look=look)
+    return looks
+
+
+def _structure_figure(runs: dict[str, list[Look]]) -> str:
+    from _figures import BLUE, GREEN, GREY, ORANGE, PINK, panels
+
+    figure, axes = panels(1, 3, 9.6, 2.9)
+    steps = range(0, _STEPS + 1, _LOOK)
+    for (name, looks), colour in zip(runs.items(), (BLUE, ORANGE), strict=True):
+        hidden = [statistics.mean(list(look.ranks.values())[1:-1]) for look in looks]
+        axes[0].plot(steps, hidden, color=colour, label=name)
+        shares = [statistics.mean(share for share, _ in list(look.shares.values())[:-1]) for look in looks]
+        axes[1].plot(steps, shares, color=colour, label=name)
+    random = [
+        statistics.mean(chance for _, chance in list(look.shares.values())[:-1]) for look in runs["backpropagation"]
+    ]
+    axes[1].plot(steps, random, color=GREY, linestyle="--", label="a random subspace")
+    axes[0].set(xlabel="step", ylabel="effective rank, hidden weights")
+    axes[1].set(xlabel="step", ylabel="share of the gradient in the span", ylim=(0, 1.03))
+    for count, colour in zip(range(1, 5), (BLUE, GREEN, ORANGE, PINK), strict=True):
+        values = runs["backpropagation"][-1].spectra[0, count]
+        axes[2].semilogy(range(1, 65), values[:64] / values[0], color=colour, label=f"{count} layer{'s' * (count > 1)}")
+    axes[2].set(xlabel="singular value", ylabel="over the largest", ylim=(1e-4, 1.3))
+    axes[0].legend()
+    axes[1].legend(loc="lower right", bbox_to_anchor=(1.0, 0.16))
+    axes[2].legend()
+    text = "Effective rank, share of the gradient in the span of the activations, and spectra of Jacobians"
+    return saved(figure, "guessers-structure", text)
+
+
+PARTS: dict[str, Callable[[bool], str]] = {
+    "memory": lambda draws: memory(SHOWN),
+    "cost": lambda draws: cost(),
+    "cosine": lambda draws: cosine(),
     "bias": bias,
-    "train": training,
+    "train": lambda draws: training(),
     "structure": structure,
     "sharpening": sharpening,
 }
@@ -319,27 +262,32 @@ PARTS: dict[str, Callable[[], str]] = {
 
 INTRODUCTIONS: dict[str, str] = {
     "memory": (
-        "Peak resident memory of one estimate on top of one for 8 examples, medians of three fresh processes. "
-        "It is what the allocator keeps, and varies by some tens of MiB:"
+        "Peak resident memory of one estimate on top of one for 8 examples, medians of three fresh processes: "
+        "what is in use (each tensor in a mapping of its own, `MALLOC_MMAP_THRESHOLD_=65536`), and with the "
+        "allocator as it is, which keeps some of what is freed and varies by some tens of MiB:"
     ),
     "cost": (
-        "What a guess costs, process CPU time, in plain forward passes; medians, interleaved, B = 256. With "
-        "one guess the passes that find the layers, see that examples do not interact and meet the inputs "
-        "again count in full; 16 share them:"
+        "What a guess costs, process CPU time, in plain forward passes; medians of ten, interleaved, B = 256. "
+        "*Bare kernels* are what no implementation does without, alone in the same process: one forward pass (for "
+        "16 guesses, too), noise, the products with W^T (mixing: with the activations), the products that carry "
+        "the tangents forward, slopes, sums and outer products. What is above that is overhead:"
     ),
     "cosine": (
-        "Mean cosine to the true gradient and one-step effectiveness (the best step along a guess over the "
-        "best step along the gradient, in loss) along an AdamW trajectory of backpropagation, 300 steps of "
-        "256, a look every 30, the cosine with three guesses at each:"
+        "Mean cosine to the true gradient and one-step effectiveness (the best step along a guess over the best "
+        "step along the gradient, in loss) along an AdamW trajectory of backpropagation, 300 steps of 256, a look "
+        "every 30, the cosine with three guesses at each:"
     ),
     "bias": (
-        "The cosine of the mean of n guesses for one example (mixing: 32) to the true gradient, without the "
-        "last layer, which is exact, and its limit; 6 x 128 after 20 steps:"
+        "The cosine of the mean of n guesses for one example (mixing: 32) to the true gradient, without the last "
+        "layer, which is exact, and its limit; 6 x 128 after 20 steps:"
     ),
     "train": ("Accuracy on all digits by one guess a step, batches of 256, one seed:"),
     "structure": (
-        "Effective rank of the weights, share of the gradient in the span of the batch's activations, and "
-        "decay of the singular values of Jacobians over 1 to 4 layers; 6 x 128:"
+        "Effective rank of the weights, share of the gradient in the span of the batch's activations, and decay "
+        "of the singular values of Jacobians over 1 to 4 layers; 6 x 128, AdamW at 1e-3, by backpropagation. In "
+        "the plot: the mean rank of the hidden weights and the mean share of the hidden layers over training, by "
+        "backpropagation and by one guess a step from one layer downstream; and the spectra behind the first "
+        "layer after 600 steps of backpropagation, the means over eight examples:"
     ),
     "sharpening": (
         "Self-sharpening: 4 x 256, one layer downstream, uniform noise, the last layer exact, AdamW at 1e-4, "
@@ -350,7 +298,7 @@ INTRODUCTIONS: dict[str, str] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the tables; with --write, also write them to docs/workloads/guessers.md."""
+    """Print the tables; with --write, also write them and the figures to docs/workloads/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--runs", nargs="+", default=[], help="of train: only these, in 3 x 128")
@@ -362,8 +310,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         alone(options.alone)
         return
     for name in options.only.split(","):
-        found = training(options.runs) if options.runs and name == "train" else PARTS[name]()
-        print(f"\n{PARTS[name].__doc__}\n\n{found}", flush=True)
+        found = training(options.runs) if options.runs and name == "train" else PARTS[name](options.write)
+        print(f"\n{name}\n\n{found}", flush=True)
         if options.write:
             write_section(f"guessers-{name}", f"{INTRODUCTIONS[name]}\n\n{found}", PAGE)
 

@@ -7,6 +7,7 @@ from gradmon_integrations.workloads.guessers.directional import DirectionalDesce
 from gradmon_integrations.workloads.guessers.downstream import Downstream as Downstream
 from gradmon_integrations.workloads.guessers.downstream import SingularPower as SingularPower
 from gradmon_integrations.workloads.guessers.downstream import WeightTranspose as WeightTranspose
+from gradmon_integrations.workloads.guessers.estimate import Estimator as Estimator
 from gradmon_integrations.workloads.guessers.estimate import estimate_gradient as estimate_gradient
 from gradmon_integrations.workloads.guessers.matched import CosineMatched as CosineMatched
 from gradmon_integrations.workloads.guessers.mixer import LocalMixer as LocalMixer

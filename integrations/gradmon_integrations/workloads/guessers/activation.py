@@ -17,8 +17,8 @@ class ActivationPerturbation:
 
     With ``E[eps eps^T] = I`` the estimate is unbiased. M is the slope of the functions that work entry by entry on z
     before anything else reads it: for ReLU 0 or 1, and since the true gradient is M times something, the masked guess
-    is
-    unbiased too and has fewer entries to guess. For other functions M is f', and the mean of the estimate is ``M^2 g``.
+    is unbiased too and has fewer entries to guess. For other functions M is f', and the mean of the estimate is
+    ``M^2 g``.
 
     Args:
         masked: Whether to multiply by M.
@@ -27,6 +27,9 @@ class ActivationPerturbation:
     Raises:
         ArgumentError: `noise` is neither.
     """
+
+    overall = False
+    reach = "own"
 
     masked: bool = False
     noise: Kind = "normal"
@@ -38,11 +41,6 @@ class ActivationPerturbation:
     def needs(self) -> Needs:
         """The slopes, for the mask."""
         return "slopes" if self.masked else "nothing"
-
-    @property
-    def overall(self) -> bool:
-        """As it is drawn."""
-        return False
 
     def guess(self, site: Site, noise: Noise) -> Tensor:
         """Noise."""

@@ -37,11 +37,6 @@ class DirectionalDescent:
         if self.std not in ("unbiased", "paper"):
             raise ArgumentError("std", 'be "unbiased" or "paper"', repr(self.std))
 
-    @property
-    def oracle(self) -> bool:
-        """It is told nothing."""
-        return False
-
     def direction(
         self, parameters: Mapping[str, Tensor], truth: Callable[[], Mapping[str, Tensor]], noise: Noise
     ) -> tuple[dict[str, Tensor], float]:

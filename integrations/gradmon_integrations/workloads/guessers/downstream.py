@@ -31,20 +31,14 @@ class WeightTranspose:
         ArgumentError: `noise` is neither.
     """
 
+    needs: Needs = field(default="slopes", init=False, repr=False)
+    overall = False
+    reach = "next"
+
     noise: Kind = "normal"
 
     def __post_init__(self) -> None:
         check_kind(self.noise)
-
-    @property
-    def needs(self) -> Needs:
-        """The way back."""
-        return "slopes"
-
-    @property
-    def overall(self) -> bool:
-        """As it is drawn."""
-        return False
 
     def guess(self, site: Site, noise: Noise) -> Tensor:
         """Noise at the next layer, one layer back."""
@@ -70,6 +64,10 @@ class Downstream:
         ArgumentError: An argument is not what it must be.
     """
 
+    needs: Needs = field(default="slopes", init=False, repr=False)
+    overall = False
+    reach = "any"
+
     layers: int = 1
     noise: Kind = "normal"
 
@@ -77,16 +75,6 @@ class Downstream:
         check_kind(self.noise)
         if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
             raise ArgumentError("layers", "be an integer of at least 1", self.layers)
-
-    @property
-    def needs(self) -> Needs:
-        """The way back."""
-        return "slopes"
-
-    @property
-    def overall(self) -> bool:
-        """As it is drawn."""
-        return False
 
     def guess(self, site: Site, noise: Noise) -> Tensor:
         """Noise some layers later, brought back."""
@@ -119,6 +107,10 @@ class SingularPower:
         ArgumentError: An argument is not what it must be.
     """
 
+    needs: Needs = field(default="slopes", init=False, repr=False)
+    overall = False
+    reach = "next"
+
     power: float
     noise: Kind = "normal"
     _sharpened: WeakKeyDictionary[Site, Tensor] = field(
@@ -129,16 +121,6 @@ class SingularPower:
         check_kind(self.noise)
         if not self.power >= 0 or self.power == float("inf"):
             raise ArgumentError("power", "be a number of at least 0", self.power)
-
-    @property
-    def needs(self) -> Needs:
-        """The way back."""
-        return "slopes"
-
-    @property
-    def overall(self) -> bool:
-        """As it is drawn."""
-        return False
 
     def guess(self, site: Site, noise: Noise) -> Tensor:
         """Noise at the next layer, one layer back through the sharpened weight."""

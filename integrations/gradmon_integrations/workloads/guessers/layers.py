@@ -30,6 +30,11 @@ class Layer(Protocol):
         """Whether the input has a first dimension of its own for examples."""
         ...
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """What else it was called with."""
+        ...
+
     def push(self, tangent: Tensor) -> Tensor:
         """``W t``, for a tangent of the input's shape."""
         ...
@@ -55,6 +60,11 @@ class Linear:
     bias: Tensor | None
     batched: bool
 
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """None but whether there are examples."""
+        return (self.batched,)
+
     def push(self, tangent: Tensor) -> Tensor:
         """``t W^T``."""
         return F.linear(tangent, self.weight)
@@ -79,6 +89,11 @@ class Matmul:
     weight: Tensor
     bias: Tensor | None
     batched: bool
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """None but whether there are examples."""
+        return (self.batched,)
 
     def push(self, tangent: Tensor) -> Tensor:
         """``t W``."""
@@ -115,6 +130,11 @@ class Convolution:
 
     def _options(self) -> tuple[Any, ...]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Strides, paddings and the like."""
+        return self.batched, *self._options(), self.extra
 
     def push(self, tangent: Tensor) -> Tensor:
         """The convolution without its bias."""
@@ -231,6 +251,8 @@ def layer_call(
     if known is None:
         return None
     signature, parse = known
+    if signature is _LINEAR and not kwargs and 2 <= len(args) <= 3:  # as modules call it
+        return args[0], Linear(args[1], args[2] if len(args) == 3 else None, args[0].ndim >= 2 and args[1].ndim == 2)
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError:  # such as `out=`

@@ -20,8 +20,7 @@ class CosineMatched:
 
     ``v = c u + sqrt(1 - c^2) r`` with u the direction of the gradient g and r a random unit vector orthogonal to it;
     ``g^ = (v . g) v / c^2``, whose mean is g: unbiased. To know u it is told the true gradient, by backpropagation: it
-    is
-    an oracle to compare with, not a way to train without one. Where g is zero, so is the estimate.
+    is an oracle to compare with, not a way to train without one. Where g is zero, so is the estimate.
 
     Args:
         cosine: c, in (0, 1].
@@ -38,11 +37,6 @@ class CosineMatched:
         check_kind(self.noise)
         if not 0 < self.cosine <= 1:
             raise ArgumentError("cosine", "be in (0, 1]", self.cosine)
-
-    @property
-    def oracle(self) -> bool:
-        """It is told the gradient."""
-        return True
 
     def direction(
         self, parameters: Mapping[str, Tensor], truth: Callable[[], Mapping[str, Tensor]], noise: Noise

@@ -11,22 +11,21 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gradmon._errors import ArgumentError
-from gradmon_integrations.workloads.guessers.estimate import Normalize, Settings, estimate
 from gradmon_integrations.workloads.guessers.guesser import Guesser
+from gradmon_integrations.workloads.guessers.keeper import Keeper
 from gradmon_integrations.workloads.guessers.passes import Passes
+from gradmon_integrations.workloads.guessers.settings import Normalize, Settings
 
 
 class GuessedGradient(Optimizer):
     """Trains by guessed gradients, with the steps of another optimizer.
 
     ``loss = optimizer.step(closure)``: the closure runs the model on the batch and returns one loss per example, (B,),
-    or
-    a scalar (which takes B passes with guesses at pre-activations, see `estimate_gradient`). It calls neither
-    `backward` nor `zero_grad`, is called a few times, and must do the same each time; random numbers and buffers are
-    put
-    back between the calls, so that a step leaves them as one forward pass does. The
-    estimate is in ``parameter.grad`` after the step; parameters that the base does not hold, and frozen ones, are left
-    alone.
+    or a scalar (which takes B passes with guesses at pre-activations, see `estimate_gradient`). It calls neither
+    `backward` nor `zero_grad`, is called once or a few times, and must do the same each time; random numbers and
+    buffers are put back between the calls, so that a step leaves them as one forward pass does. What is found out about
+    the model is kept from step to step, as by `Estimator`. The estimate is in ``parameter.grad`` after the step;
+    parameters that the base does not hold, and frozen ones, are left alone.
 
     Parameter groups, state and schedulers are those of an ordinary optimizer: the groups and the state are the base's
     own. Hooks go to the base, around whose step the gradients are there. It can be given to `gradmon.Monitor` as any
@@ -68,11 +67,9 @@ class GuessedGradient(Optimizer):
             raise ArgumentError("base", "make a step of one gradient", "LBFGS, which asks for several")
         if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
             raise ArgumentError("examples", "be an integer of at least 1, or None", examples)
-        self._settings = Settings(guesser, guesses, per_layer, exact_last, normalize, hold)
-        self._unchecked = Settings(guesser, guesses, per_layer, exact_last, normalize, hold, check=False)
+        self._keeper = Keeper(Settings(guesser, guesses, per_layer, exact_last, normalize, hold))
         self.base, self.model, self.generator = base, model, generator
         self._examples = examples
-        self._checked: tuple[bool, ...] | None = None
         self._share()
 
     def _share(self) -> None:
@@ -86,12 +83,11 @@ class GuessedGradient(Optimizer):
         self._optimizer_load_state_dict_post_hooks = base._optimizer_load_state_dict_post_hooks
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "model", "generator", "_settings", "_unchecked", "_examples")
+        names = ("base", "model", "generator", "_keeper", "_examples")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._checked = None
         self._share()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -114,14 +110,8 @@ class GuessedGradient(Optimizer):
             raise ArgumentError("closure", "be given: it returns one loss per example", None)
         if not callable(closure):
             raise ArgumentError("closure", "be callable", type(closure).__name__)
-        modes = tuple(module.training for module in self.model.modules())
-        # That examples do not interact is a property of the model and its modes: it is seen to once.
-        settings = self._unchecked if self._checked == modes else self._settings
         with Passes.of(self.model, closure, self._examples) as passes:
-            found, value = estimate(passes, settings, self.generator)
-        if value.ndim == 1:
-            # One example, or one loss, tells nothing.
-            self._checked = modes
+            found, value = self._keeper.estimate(passes, self.generator)
         held = {id(p) for group in self.param_groups for p in group["params"]}
         for name, parameter in passes.parameters.items():
             if id(parameter) in held:

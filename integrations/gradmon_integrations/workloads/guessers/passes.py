@@ -7,15 +7,14 @@ import functools
 import importlib
 import sys
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map_only
 
 from gradmon._batches import example_count, map_tensors
 from gradmon._errors import ArgumentError
@@ -23,15 +22,14 @@ from gradmon._parameters import trainable, unwrapped
 from gradmon._sandbox import QUIET
 from gradmon._snapshot import ModuleState, RandomState, modules_behind
 from gradmon._types import Batch, Loss
-from gradmon_integrations.workloads.guessers.layers import layer_call
-from gradmon_integrations.workloads.guessers.mode import Mode
+from gradmon_integrations.workloads.guessers.followers import Inject, Injector, Visitor, differs, swapped
+from gradmon_integrations.workloads.guessers.inputs import Inputs
+from gradmon_integrations.workloads.guessers.mode import Handler, Mode
 from gradmon_integrations.workloads.guessers.recording import Site, Structure, record
 from gradmon_integrations.workloads.guessers.replay import alike
 
 SEEDS = 2**32
 """How many seeds torch's generator on the CPU tells apart."""
-Inject = Callable[[Site], Tensor | None]
-"""From a layer to the tangents of its z, (count, *z.shape), or None for none."""
 
 
 class Passes:
@@ -42,6 +40,10 @@ class Passes:
         loss: ``loss(model, batch)``.
         batch: The batch.
         settle: Whether buffers and random states are left as after one pass, instead of as they were found.
+
+    Attributes:
+        draws: Whether some function is known to draw random numbers.
+        expected: How many examples to expect where they are yet to be counted; None to count them first.
 
     Raises:
         ArgumentError: `model`, `loss` or `batch` is not what it must be.
@@ -54,10 +56,13 @@ class Passes:
         self.model = unwrapped(model)
         self.names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.examples = example_count(batch)
+        self.draws = False
         self._counts = False
+        self.expected: int | None = None
+        self._counted = False
         self._behind: Any = loss
         self._loss, self._batch, self.settle = loss, batch, settle
-        self._every = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self.every = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._exit = contextlib.ExitStack()
 
     @staticmethod
@@ -70,12 +75,7 @@ class Passes:
     def __enter__(self) -> Passes:
         with contextlib.ExitStack() as stack:
             _prepare()
-            self._random = RandomState()
-            modules = [self.model, *modules_behind(self._behind)]
-            # Attributes are put back once; between passes only what a pass of an ordinary model depends on.
-            self._modules = None if self.settle else ModuleState(modules)
-            self._buffers = [(held, held.clone()) for module in modules for held in module.buffers()]
-            self._ran = False
+            self._ran = self._remembered = False
             QUIET.depth += 1
             stack.callback(_loud)
             stack.enter_context(torch.inference_mode(False))
@@ -101,9 +101,17 @@ class Passes:
     def seed(self, generator: torch.Generator | None) -> int:
         """A number from a generator, None for torch's global one: drawn for good, before the first pass."""
         device = None if generator is None else generator.device
-        found = int(torch.randint(SEEDS, (), generator=generator, device=device))
+        return int(torch.randint(SEEDS, (), generator=generator, device=device))
+
+    def _remember(self) -> None:
+        if self._remembered:
+            return
+        self._remembered = True
         self._random = RandomState()
-        return found
+        modules = [self.model, *modules_behind(self._behind)]
+        # Attributes are put back once; between passes only what a pass of an ordinary model depends on.
+        self._modules = None if self.settle else ModuleState(modules)
+        self._buffers = [(held, held.clone()) for module in modules for held in module.buffers()]
 
     def _rewind(self) -> None:
         for held, value in self._buffers:
@@ -111,13 +119,14 @@ class Passes:
         self._random.restore()
 
     def run(self) -> Tensor:
-        """The loss, a scalar or (B,), from the state that was found on entry.
+        """The loss, a scalar or (B,), from the state that was found before the first pass.
 
         Raises:
             ArgumentError: `loss` returned something else.
         """
         if self._ran:
             self._rewind()
+        self._remember()
         self._ran = True
         value = self._loss(self.model, map_tensors(self._batch, lambda tensor: tensor.detach().clone()))
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -126,7 +135,7 @@ class Passes:
             if value.ndim != 1:
                 must = "return one value per example, (B,), or `examples` must be given"
                 raise ArgumentError("closure", must, f"shape {tuple(value.shape)}")
-            self.examples = len(value)
+            self.examples, self._counted = len(value), True
         if value.numel() == 1:
             return value.reshape(())
         if value.ndim != 1 or value.shape[0] != self.examples:
@@ -134,14 +143,31 @@ class Passes:
             raise ArgumentError("loss", must, f"shape {tuple(value.shape)}")
         return value
 
-    def record(self, follow: bool, values: bool) -> Structure:
+    def record(self, follow: bool, values: bool, inputs: Inputs | None = None) -> Structure:
         """Run once, and find the layers; see `record`."""
-        if self._counts:
-            self.run()
-        return record(self.run, self.names, self._every, self.examples, follow, values)
+        if self._counts and not self._counted:
+            if self.expected is None:
+                self.run()
+            else:
+                self.examples = self.expected
+        supposed = self.examples
+        found = record(self.run, self.names, self.every, supposed, follow, values, self.draws, inputs)
+        if self.examples != supposed:
+            found = record(self.run, self.names, self.every, self.examples, follow, values, self.draws, inputs)
+        if found.random and not self.draws:
+            self.draws = True
+            # Once more, to see which of the functions it was.
+            found = record(self.run, self.names, self.every, self.examples, follow, values, True)
+        return found
 
     def tangent(
-        self, structure: Structure, inject: Inject, directions: Mapping[str, Tensor], count: int, vectorised: bool
+        self,
+        structure: Structure,
+        inject: Inject,
+        directions: Mapping[str, Tensor],
+        count: int,
+        vectorised: bool,
+        inputs: Inputs | None = None,
     ) -> Tensor:
         """The directional derivatives of the loss along some tangents at once.
 
@@ -151,6 +177,7 @@ class Passes:
             directions: Tangents of parameters, (count, *shape).
             count: How many there are.
             vectorised: Whether to use `torch.vmap`, which shares the plain forward pass between them.
+            inputs: Where to keep the layers' inputs, of one that is not vectorised; None to leave them.
 
         Returns:
             (count,), or (count, B) where the loss is one value per example.
@@ -180,31 +207,53 @@ class Passes:
         for place in range(count):
             with forward_ad.dual_level():
                 try:
-                    value, tangent = forward_ad.unpack_dual(self._dual(structure, inject, directions, place))
+                    dual = self._dual(structure, inject, directions, place, inputs)
+                    value, tangent = forward_ad.unpack_dual(dual)
                 except NotImplementedError as error:
                     must = "consist of functions that have a forward-mode derivative"
                     raise ArgumentError("model", must, str(error).partition("\n")[0]) from error
             if not alike(value.detach(), structure.loss):
-                _differs("`loss` of another value")
+                differs("`loss` of another value")
             found.append(torch.zeros_like(value).detach() if tangent is None else tangent.detach())
         return torch.stack(found)
 
     def _dual(
-        self, structure: Structure, inject: Inject, directions: Mapping[str, Tensor], place: Tensor | int
+        self,
+        structure: Structure,
+        inject: Inject,
+        directions: Mapping[str, Tensor],
+        place: Tensor | int,
+        inputs: Inputs | None = None,
     ) -> Tensor:
-        duals = {name: forward_ad.make_dual(self.parameters[name].detach(), v[place]) for name, v in directions.items()}
-        by_identity = {id(self.parameters[name]): dual for name, dual in duals.items()}
-        injector = _Injector(self._every, structure, self.examples, inject, by_identity, place)
-        with torch.enable_grad(), Mode(injector), _swapped(self.model, by_identity):
-            value = self.run()
+        duals = self.duals({name: v[place] for name, v in directions.items()})
+        injector = Injector(self.every, structure, self.examples, inject, duals, place, inputs)
+        value = self.handled(injector, duals)
         injector.finish()
         return value
+
+    def duals(self, directions: Mapping[str, Tensor]) -> dict[int, Tensor]:
+        """Parameters with tangents, at a dual level, by the parameters' identity."""
+        found: dict[int, Tensor] = {}
+        for name, tangent in directions.items():
+            parameter = self.parameters[name]
+            found[id(parameter)] = forward_ad.make_dual(parameter.detach(), tangent)
+        return found
+
+    def handled(self, handler: Handler, duals: Mapping[int, Tensor]) -> Tensor:
+        """Run once, with somebody who sees every function, and with some parameters replaced; the loss."""
+        self._remember()
+        with torch.enable_grad(), Mode(handler), swapped(self.model, duals):
+            return self.run()
+
+    def settled(self, random: bool) -> bool:
+        """Whether one more plain pass is to leave behind what one leaves: numbers drawn, buffers moved."""
+        return self.settle and (random or bool(self._buffers))
 
     def visit(self, structure: Structure, look: Callable[[Site, Tensor], None]) -> Tensor:
         """Run once more, and look at each layer's input x as it is called; the loss."""
         value = self._visited(structure, lambda site, x, z: look(site, x), False).detach()
         if not alike(value, structure.loss):
-            _differs("`loss` of another value")
+            differs("`loss` of another value")
         return value
 
     def tapped(self, structure: Structure, look: Callable[[Site, Tensor], None]) -> Tensor:
@@ -212,7 +261,7 @@ class Passes:
         return self._visited(structure, lambda site, x, z: look(site, z), True)
 
     def _visited(self, structure: Structure, look: Callable[[Site, Tensor, Tensor], None], graph: bool) -> Tensor:
-        visitor = _Visitor(self._every, structure.sites, self.examples, look)
+        visitor = Visitor(self.every, structure.sites, self.examples, look)
         with torch.enable_grad(), Mode(visitor, graph):
             value = self.run()
         visitor.finish()
@@ -239,159 +288,3 @@ def _prepare() -> None:
 
 def _loud() -> None:
     QUIET.depth -= 1
-
-
-@contextlib.contextmanager
-def _swapped(model: nn.Module, duals: Mapping[int, Tensor]) -> Generator[None]:
-    """The modules' parameters replaced: for functions of the caller's own, which no mode sees."""
-    held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-    if duals:
-        for module in model.modules():
-            table: dict[str, Any] = module._parameters
-            held += [(table, name, p) for name, p in table.items() if p is not None and id(p) in duals]
-    try:
-        for table, name, parameter in held:
-            table[name] = duals[id(parameter)]
-        yield
-    finally:
-        for table, name, parameter in held:
-            table[name] = parameter
-
-
-def _differs(got: str) -> NoReturn:
-    raise ArgumentError("model", "compute the same in every forward pass over a batch", got)
-
-
-class _Follower:
-    """Meets the layers again, in the order in which they were recorded.
-
-    Raises:
-        ArgumentError: The model called other layers this time.
-    """
-
-    def __init__(self, every: Mapping[int, str], sites: list[Site], examples: int) -> None:
-        self._every, self._sites, self._examples, self._met = every, sites, examples, 0
-
-    def _next(self, shape: torch.Size) -> Site:
-        site = self._sites[self._met] if self._met < len(self._sites) else None
-        if site is None or site.shape != tuple(shape):
-            _differs(f"output of shape {tuple(shape)}" if site is None else f"{tuple(shape)} after {site.shape}")
-        self._met += 1
-        return site
-
-    def finish(self) -> None:
-        if self._met != len(self._sites):
-            _differs(f"{self._met} layers after {len(self._sites)}")
-
-
-class _Visitor(_Follower):
-    def __init__(
-        self,
-        every: Mapping[int, str],
-        sites: list[Site],
-        examples: int,
-        look: Callable[[Site, Tensor, Tensor], None],
-    ) -> None:
-        super().__init__(every, sites, examples)
-        self._look = look
-
-    def constant(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return function(*args, **kwargs)
-
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = layer_call(function, args, kwargs, self._every)
-        z = function(*args, **kwargs)
-        if call is not None and call[1].batched and z.ndim >= 2 and z.shape[0] == self._examples == call[0].shape[0]:
-            self._look(self._next(z.shape), call[0], z)
-        return z
-
-
-class _Injector(_Follower):
-    def __init__(
-        self,
-        every: Mapping[int, str],
-        structure: Structure,
-        examples: int,
-        inject: Inject,
-        duals: Mapping[int, Tensor],
-        place: Tensor | int,
-    ) -> None:
-        super().__init__({**every, **{id(dual): every[key] for key, dual in duals.items()}}, structure.sites, examples)
-        self._layouts, self._calls = structure.layouts, 0
-        self._inject, self._duals, self._place = inject, duals, place
-
-    def _replaced(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._duals.get(id(value), value)
-        if type(value) in (tuple, list) and any(isinstance(part, Tensor) for part in value):
-            return type(value)(self._replaced(part) for part in value)
-        return value
-
-    def _laid_out(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a function that draws, in the order in memory that they had at first."""
-        strides = self._layouts.get(self._calls)
-        self._calls += 1
-        found = iter(strides or ())
-
-        def place(tensor: Tensor) -> Tensor:
-            wanted = next(found, tensor.stride())
-            if wanted == tensor.stride() or len(wanted) != tensor.ndim:
-                return tensor
-            laid = torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device)
-            return laid.copy_(tensor)
-
-        return (args, kwargs) if strides is None else tree_map_only(Tensor, place, (args, kwargs))
-
-    def constant(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Without tangents; what is written to in place, and returned, keeps its own."""
-        originals: dict[int, Tensor] = {}
-
-        def plain(tensor: Tensor) -> Tensor:
-            found = forward_ad.unpack_dual(tensor)
-            if found.tangent is None:
-                return tensor
-            originals[id(found.primal)] = tensor
-            return found.primal
-
-        args, kwargs = tree_map_only(Tensor, plain, self._laid_out(args, kwargs))
-        result = function(*args, **kwargs)
-        return originals.get(id(result), result)
-
-    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        args, kwargs = self._laid_out(args, kwargs)
-        if self._duals:
-            args = tuple(self._replaced(value) for value in args)
-            kwargs = {name: self._replaced(value) for name, value in kwargs.items()}
-        call = layer_call(function, args, kwargs, self._every)
-        if call is None:
-            return _STAND_INS.get(function, function)(*args, **kwargs)
-        x, layer = call
-        kept = forward_ad.unpack_dual(x)
-        if not self._duals or not any(map(_is_dual, (layer.weight, layer.bias))):
-            # One product instead of the two that autograd makes of a tangent that it does not know to be zero.
-            replaced = [kept.primal if value is x else value for value in args]
-            named = {name: kept.primal if value is x else value for name, value in kwargs.items()}
-            z = function(*replaced, **named)
-            tangent = None if kept.tangent is None else layer.push(kept.tangent)
-        else:
-            z, tangent = forward_ad.unpack_dual(function(*args, **kwargs))
-        if layer.batched and z.ndim >= 2 and z.shape[0] == self._examples == x.shape[0]:
-            y = self._inject(self._next(z.shape))
-            if y is not None:
-                y = y[self._place]
-                tangent = y if tangent is None else tangent + y
-        return z if tangent is None else forward_ad.make_dual(z, tangent)
-
-
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g v / ||v||``, the norm over all dimensions but one."""
-    rest = [at for at in range(v.ndim) if at != dim % v.ndim]
-    return v * (g / torch.linalg.vector_norm(v, dim=rest, keepdim=True))
-
-
-_STAND_INS: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}  # pyright: ignore[reportPrivateImportUsage]
-"""For functions of torch that have no forward-mode derivative, the same in others that have one."""
-
-
-def _is_dual(tensor: Tensor | None) -> bool:
-    return tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None

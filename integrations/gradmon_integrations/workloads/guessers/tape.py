@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,7 @@ class Entry:
         slope: For a call that works entry by entry, its derivative, of the input's shape.
         value: What it made, where that is kept.
         plain: Whether the one output is the one input plus something else of the same shape.
+        function: For a call that works entry by entry, the function.
     """
 
     inputs: tuple[int, ...]
@@ -68,6 +70,7 @@ class Entry:
     slope: Tensor | None = None
     value: Tensor | None = None
     plain: bool = False
+    function: Any = None
 
 
 class Tape:
@@ -83,17 +86,35 @@ class Tape:
         self._values = values
         self._nodes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._count = 0
+        self._wanted: set[int] = set()
+        self._unread: dict[int, Tensor] = {}
+        self._read: dict[int, Tensor] = {}
 
-    def start(self, tensor: Tensor) -> int:
-        """A node of its own for a tensor as it is now."""
+    def start(self, tensor: Tensor, wanted: bool = False) -> int:
+        """A node of its own for a tensor as it is now, of which the value may be asked for."""
         self._count += 1
         self._nodes[tensor] = self._count
+        if wanted and self._values:
+            self._wanted.add(self._count)
+            self._unread[self._count] = tensor
         return self._count
+
+    def value(self, node: int) -> Tensor | None:
+        """The value of a tensor that was wanted; None where all that read it was a function of `ELEMENTWISE`."""
+        return self._read.get(node, self._unread.get(node))
+
+    def _reads(self, node: int, tensor: Tensor, whole: bool) -> None:
+        """Copy what is wanted only where it is read: mostly it is not z, but what a function makes of it."""
+        if node in self._wanted:
+            self._unread.pop(node, None)
+            if whole and node not in self._read:
+                self._read[node] = tensor.detach().clone()
 
     def read(self, tensor: Tensor) -> int | None:
         """The node of a tensor that somebody reads; None where no layer has part in it."""
         node: int | None = self._nodes.get(tensor)
         if node is not None:
+            self._reads(node, tensor, True)
             self.readers[node] = self.readers.get(node, 0) + 1
         return node
 
@@ -104,10 +125,12 @@ class Tape:
         if not places or function in _CUTS:
             return function(*args, **kwargs)
         read = [flat[at] for at in places]
-        if function in ELEMENTWISE and len(read) == 1 and read[0] is flat[0]:
+        if function in ELEMENTWISE and len(read) == 1 and args and read[0] is args[0]:
             return self._elementwise(function, read[0], args, kwargs)
         versions = [tensor._version for tensor in read]
         before = [self._nodes[tensor] for tensor in read]
+        for node, tensor in zip(before, read, strict=True):
+            self._reads(node, tensor, True)
         kept = self._kept(function, flat, places)
         states = random_states()
         result = function(*args, **kwargs)
@@ -115,8 +138,8 @@ class Tape:
         changed = [tensor._version != version for tensor, version in zip(read, versions, strict=True)]
         if not made or (len(made) == 1 and any(made[0] is t and not c for t, c in zip(read, changed, strict=True))):
             return result
-        for tensor in read:
-            self.read(tensor)
+        for node in before:
+            self.readers[node] = self.readers.get(node, 0) + 1
         nodes = tuple(self.start(tensor) for tensor in made)
         shapes = [tuple(tensor.shape) for tensor in read]
         plain = function in SUMS and "alpha" not in kwargs and len(made) == 1
@@ -141,27 +164,50 @@ class Tape:
         return kept
 
     def _elementwise(self, function: Any, x: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """One call gives value and slope, so that random functions draw once."""
-        before, copied = self._nodes[x], x.detach().clone()
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(copied, torch.ones_like(x))
-            result, slope = forward_ad.unpack_dual(function(dual, *args[1:], **kwargs))
-            result = result.detach()
-        if result.data_ptr() == copied.data_ptr():  # in place
-            result = x.copy_(result)
+        before = self._nodes[x]
+        self._reads(before, x, before in self.readers)
+        result, slope = value_and_slope(function, x, args[1:], kwargs)
         self.readers[before] = self.readers.get(before, 0) + 1
-        if slope is None:
-            slope = torch.zeros_like(x)
-        if function in STEPS:
-            slope = slope != 0
         node = self.start(result)
         value = result.detach().clone() if self._values else None
-        self.entries.append(Entry((before,), (node,), lambda made: [_times(made[0], slope)], slope, value))
+        self.entries.append(Entry((before,), (node,), times(slope), slope, value, function=function))
         return result
 
 
-def _times(cotangent: Tensor | None, slope: Tensor) -> Tensor | None:
-    return None if cotangent is None else cotangent * slope
+def value_and_slope(function: Any, x: Tensor, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """What a function that works entry by entry makes of x, and its slopes; one call, so that it draws once.
+
+    Args:
+        function: One of `ELEMENTWISE`.
+        x: What it is called with, without tangents; written to where the function works in place.
+        args: What follows x.
+        kwargs: The named arguments.
+
+    Returns:
+        The value, x itself where the function works in place; the slopes, of x's shape, for `STEPS` bools.
+    """
+    if function in STEPS:
+        result = function(x, *args, **kwargs)
+        return result, (result <= 0).logical_not_()
+    copied = x.detach().clone()
+    with _dual_level():
+        dual = forward_ad.make_dual(copied, torch.ones_like(x))
+        version = copied._version
+        result, slope = forward_ad.unpack_dual(function(dual, *args, **kwargs))
+        result = result.detach()
+    if result.data_ptr() == copied.data_ptr():  # in place, or as it was
+        result = x if copied._version == version else x.copy_(result)
+    return result, torch.zeros_like(x) if slope is None else slope
+
+
+def _dual_level() -> contextlib.AbstractContextManager[object]:
+    """One of its own, or the one that is already there: they do not nest."""
+    return contextlib.nullcontext() if forward_ad._current_level >= 0 else forward_ad.dual_level()
+
+
+def times(slope: Tensor) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]:
+    """What pulls back by a function that works entry by entry."""
+    return lambda made: [None if made[0] is None else made[0] * slope]
 
 
 def _sum_pull(count: int) -> Callable[[Sequence[Tensor | None]], Sequence[Tensor | None]]:
