@@ -143,7 +143,7 @@ class Monitor:
         self.run, self.rank = run, rank or 0
         self._around = sys.exc_info()[1]
         self.failures = Failures(run)
-        self._step = 0
+        self._step = self._resting = 0
         self._watch: StepWatch | None = None
         self._lockstep: Lockstep | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
@@ -200,7 +200,6 @@ class Monitor:
         if optimizer is not None:
             self._watch = StepWatch(optimizer, model, self._keep, self.failures.note)
         self._due: list[Metric] = []
-        self._resting = 0
         self._plan()
         try:
             self._publisher.open(sinks, run, self.rank, info)
@@ -256,6 +255,8 @@ class Monitor:
         self._step += 1
         if self._resting:
             self._resting -= 1
+            if not self._resting:
+                self._pacer.wake()
             return
         self.failures.guard("step", lambda: self._see(batch), None)
         self._due = []
@@ -292,11 +293,9 @@ class Monitor:
         if readings:
             pacer.ignore()
         if pending is not None:
-            lost = [metric for metric, _ in pending.waiting]
+            lost, number = [metric for metric, _ in pending.waiting], pending.number
             pacer.begin()
-            readings += reader.safely(
-                "next batch", lambda: observer.finish(pending, batch, taken), lost, pending.number
-            )
+            readings += reader.safely("next batch", lambda: observer.finish(pending, batch, taken), lost, number)
             pacer.looked(again=True)
         if due:
             pacer.begin()

@@ -97,7 +97,7 @@ class Pacer:
         self._all = list(metrics)
         self._order = list(self._groups)
         self._left: float | None = None
-        self._now = time.perf_counter()
+        self._now = self._began = time.perf_counter()
         self._event: Any = None
         self._listened, self._listening = False, 0.0
         self._looked = True
@@ -159,7 +159,7 @@ class Pacer:
             self._listening = max(0.0, lasted - usual)
             lasted = min(lasted, usual)
             self._ledger.spent(self._listening)
-        self._ledger.trained(lasted, steps)
+        self._ledger.trained(lasted, steps, min(lasted, self._now - self._began))
 
     def ignore(self) -> None:
         """What came since it was last asked counts for nothing: it was asked for once, and does not come again."""
@@ -211,7 +211,8 @@ class Pacer:
             elapsed *= _AROUND
             self._idle = elapsed if self._idle == 0 else 0.9 * self._idle + 0.1 * elapsed
         self._ledger.spent(elapsed)
-        self._left, self._listened, self._looked, self._resting = self._now, listens, False, 0
+        self._left = self._began = self._now
+        self._listened, self._looked, self._resting = listens, False, 0
 
     def rest(self, step: int) -> int:
         """How many steps after this one it need not be told of, because nothing is due in them, nor just after them."""
@@ -220,6 +221,10 @@ class Pacer:
         elif self._budget is not None and self._plan is None:
             self._resting = self._budget.rest(self._idle)
         return self._resting
+
+    def wake(self) -> None:
+        """The last step of a rest is over: the next one alone shows how long a step takes, without earlier pauses."""
+        self._began = time.perf_counter()
 
     def readings(self, step: int, took: float) -> list[Reading]:
         """What the monitor itself costs."""
@@ -235,7 +240,9 @@ class Pacer:
         return {} if self._budget is None else self._budget.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up what was saved."""
+        """Take up what was saved; what has come since the last step, to make a run ready for instance, is nobody's."""
+        self._left, self._looked, self._idle = None, True, 0.0
+        self.ignore()
         if state and self._budget is not None:
             self._budget.load_state_dict(state)
         if self._plan is not None:

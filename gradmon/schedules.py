@@ -93,11 +93,17 @@ class Ledger:
         self._last_total = self._last_own = 0.0
         self._spent = 0.0
 
-    def trained(self, seconds: float, steps: int = 1) -> None:
-        """A step of the training, or some together, took so long; what was spent before counts for them."""
+    def trained(self, seconds: float, steps: int = 1, last: float | None = None) -> None:
+        """A step of the training, or some together, took so long; what was spent before counts for them.
+
+        Args:
+            seconds: The time.
+            steps: How many.
+            last: The time of the last one, which tells what is usual; None for the mean, in which a pause would hide.
+        """
         self.steps += steps
         self._told += 1
-        self._recent.append(seconds / steps)
+        self._recent.append(seconds / steps if last is None else last)
         if len(self._recent) < _MEDIAN_OF or self._told % _MEDIAN_EVERY == 0:
             self.usual = statistics.median(self._recent)
         seconds = min(seconds, (steps - 1 + _PAUSE) * self.usual)
@@ -220,7 +226,9 @@ class budget:  # noqa: N801 - as above
             seconds: What it takes to ask.
         """
         paid = _ASKING * self.fraction * self.ledger.usual
-        return min(self.ledger.window // 4, math.ceil(seconds / paid)) - 1 if paid > 0 and seconds > 0 else 0
+        if paid <= 0 or seconds <= 0:
+            return 0
+        return max(1, min(self.ledger.window // 4, math.ceil(seconds / paid))) - 1
 
     def looked(self, groups: Sequence[str], seconds: float, *, more: bool = False) -> None:
         """A probe of some groups took so long; the dearest of them pays.

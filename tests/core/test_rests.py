@@ -183,3 +183,45 @@ def test_monitor_with_a_budget_rests_in_short_steps_only(clock, loss, lasts, wak
     assert 2000 - 50 < ledger.steps <= 2000
     assert ledger.total == pytest.approx(ledger.steps * lasts, rel=0.05)
     assert 0.2 * 0.03 * ledger.total <= ledger.own <= 0.03 * ledger.total
+
+
+def timed(clock, schedule, steps, *, takes=5e-3, pause=0.0, each=1 << 30, state=None, waited=0.0):
+    """A training of steps of a millisecond, with a pause now and then; probes of one group take the same each."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    monitor = Timed(
+        model, optimizer, mse, schedule=schedule, metrics="grad_norm", sinks=[], alerts=[], clock=clock, takes=takes
+    )
+    if state is not None:
+        clock.now += waited
+        monitor.load_state_dict(state)
+    for number, batch in enumerate(data(1) * steps, 1):
+        train(model, optimizer, [batch])
+        clock.now += 1e-3 + (0.0 if number % each else pause)
+        monitor.step(batch)
+    assert not monitor.failures
+    return monitor
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 8])
+def test_a_budget_of_a_short_window_is_asked_again(clock, window):
+    monitor = timed(clock, budget(0.03, window=window), 600)
+    assert monitor.readings["grad_norm"].step > 300
+
+
+@pytest.mark.parametrize("each", [10, 40])
+def test_pauses_in_rests_are_no_training(clock, each):
+    """Each counts ten steps at most, also where every rest holds one."""
+    schedule = budget(0.003)
+    timed(clock, schedule, 3000, pause=1.0, each=each)
+    assert schedule.ledger.usual == pytest.approx(1e-3, rel=0.05)
+    assert 0 < schedule.ledger.own <= 0.003 * (1 + 10 / each) * 3.0 * 1.05
+
+
+def test_what_comes_before_a_state_is_loaded_is_nobodys_time(clock):
+    state = timed(clock, budget(0.03), 600).state_dict()
+    schedule = budget(0.03)
+    monitor = timed(clock, schedule, 600, state=state, waited=10.0)
+    assert schedule.ledger.total == pytest.approx(1.2, rel=0.05)
+    assert schedule.ledger.own <= 0.03 * schedule.ledger.total
+    assert monitor.readings["grad_norm"].step > 900
