@@ -165,6 +165,16 @@ def test_a_closure_that_turns_gradients_on_steps_as_one_that_does_not() -> None:
     assert_same(trained(models[0], models[0], iterations=3), trained(models[1], forward, iterations=3))
 
 
+def test_a_closure_that_turns_inference_on_where_there_are_no_gradients() -> None:
+    models = [wide(190), wide(190)]
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.inference_mode(not torch.is_grad_enabled()):
+            return models[1](x)
+
+    assert_same(trained(models[0], models[0], iterations=3), trained(models[1], forward, iterations=3))
+
+
 def test_the_caller_may_keep_gradients_that_a_step_shows_him() -> None:
     model = wide(190)
     seen: list[tuple[Tensor, Tensor]] = []

@@ -41,13 +41,15 @@ class Secants:
             y_after: Its output after the step.
 
         Returns:
-            Whether they were taken: they are not where they do not lie in order, or want another slope.
+            Whether they were taken: they are not where they do not lie in order, cannot wait, or want another slope.
         """
         if torch.is_grad_enabled():  # by the closure
             with torch.no_grad():
                 return self.take(call, x_after, y_after)
         x, y, size = call.x, call.y, x_after.numel()
         if x is None or y is None or call.form.slope is not secant or not size:
+            return False
+        if y_after.is_inference():  # nothing tells whether somebody writes to it
             return False
         if not (x_after.is_contiguous() and y_after.is_contiguous() and x.is_contiguous() and y.is_contiguous()):
             return False
