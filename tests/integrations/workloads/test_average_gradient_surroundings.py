@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from gradmon._errors import ArgumentError
 from gradmon_integrations.workloads.average_gradient import FUNCTIONS, AverageGradient, secant
-from tests.integrations.workloads.average_models import batch, chain, closure_of, state_of
+from tests.integrations.workloads.average_models import assert_same, batch, chain, closure_of, state_of
 
 
 def test_weights_that_autocast_keeps_are_not_those_of_the_step_before() -> None:
@@ -98,6 +98,11 @@ def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
 
 
+@torch.overrides.wrap_torch_function(lambda x, scale: (x,))
+def tanh_of(x: Tensor, scale: float) -> Tensor:
+    return torch.tanh(scale * x)
+
+
 class Square(torch.autograd.Function):
     """Something that no mode sees."""
 
@@ -128,3 +133,21 @@ def test_a_decorated_function_is_averaged_like_that_of_torch() -> None:
         states.append(state_of(model))
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda x: torch.tanh(x, out=None), lambda x: torch.ops.aten.tanh(self=x), lambda x: tanh_of(scale=1.0, x=x)],
+    ids=["without out", "self", "x"],
+)
+def test_how_a_function_is_given_its_input_does_not_matter(call: Any) -> None:
+    functions = {**FUNCTIONS, tanh_of: secant}
+    found = []
+    for function in (torch.tanh, call):
+        model = chain(function, [5, 4, 4, 3])
+        closure = closure_of(model, batch(8, 5, 3))
+        optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.5), functions=functions)
+        for _ in range(3):
+            optimizer.step(closure)
+        found.append(state_of(model))
+    assert_same(*found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -98,7 +99,7 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass a call on, and tell of it if it is one to watch."""
         kwargs = kwargs or {}
-        if "out" in kwargs:
+        if kwargs.get("out") is not None:
             return func(*args, **kwargs)
         form = self._watched.get(func)
         if form is None:
@@ -108,5 +109,12 @@ class Watch(TorchFunctionMode):
             return self._watcher.linear(form, func, args, kwargs)
         if args:
             return self._watcher.nonlinear(form, func, args[0], args[1:], kwargs)
-        named = {name: value for name, value in kwargs.items() if name != "input"}
-        return self._watcher.nonlinear(form, func, kwargs["input"], (), named)
+        first = _first(func, kwargs)
+        named = {name: value for name, value in kwargs.items() if name != first}
+        return self._watcher.nonlinear(form, func, kwargs[first], (), named)
+
+
+def _first(function: Any, named: Mapping[str, Any]) -> str:
+    """The name of a function's first argument, in a call that gives all by name."""
+    usual = next((name for name in ("input", "self") if name in named), None)
+    return next(iter(inspect.signature(function).parameters)) if usual is None else usual
