@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,6 +104,11 @@ def tanh_of(x: Tensor, scale: float) -> Tensor:
     return torch.tanh(scale * x)
 
 
+@torch.overrides.wrap_torch_function(lambda x, *, several: (x,))
+def in_one_node_or_several(x: Tensor, *, several: bool) -> Tensor:
+    return torch.atan(torch.sinh(x).neg()) if several else torch.tanh(x)
+
+
 class Square(torch.autograd.Function):
     """Something that no mode sees."""
 
@@ -149,5 +155,22 @@ def test_how_a_function_is_given_its_input_does_not_matter(call: Any) -> None:
         optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.5), functions=functions)
         for _ in range(3):
             optimizer.step(closure)
+        found.append(state_of(model))
+    assert_same(*found)
+
+
+def test_a_function_may_leave_other_nodes_from_call_to_call() -> None:
+    found = []
+    for ways in ((False, True), (True, True)):
+        model, data = chain(torch.tanh, [5, 4, 3]), batch(8, 5, 3)
+        optimizer = AverageGradient(
+            torch.optim.SGD(model.parameters(), lr=0.5), functions={in_one_node_or_several: secant}
+        )
+        for several in ways:
+            before = state_of(model)
+            model.function = partial(in_one_node_or_several, several=several)
+            optimizer.step(closure_of(model, data))
+            model.load_state_dict(before)
+        optimizer.step(closure_of(model, data))
         found.append(state_of(model))
     assert_same(*found)

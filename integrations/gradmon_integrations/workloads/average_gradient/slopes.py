@@ -81,7 +81,7 @@ class Form:
         name: What to call it in a message.
         slope: What stands for its derivative; None where there is no other than the ordinary one.
         apart: For a form that works in place, the one that does not.
-        whole: Whether its derivative is a node of its own in autograd's graph, found out at its first call.
+        whole: Whether its derivative is always a node of its own in autograd's graph; None before its first call.
         linear: Whether it is a function of an input and a weight, linear in each.
     """
 
@@ -114,8 +114,13 @@ def forms(functions: Mapping[Function, Slope]) -> dict[Any, Form]:
                 for function in _overloads(in_place):
                     found[function] = Form(key, stem, slope, apart=plain or key)
     for key, slope in functions.items():
-        found[key] = Form(key, name_of(key), slope)
+        found[key] = Form(key, name_of(key), slope, whole=None if _of_torch(key) else False)
     return found
+
+
+def _of_torch(function: Function) -> bool:
+    """Whether it is torch's own, whose calls all leave the same nodes; others may decide anew each time."""
+    return not isinstance(function, FunctionType) or function.__module__.partition(".")[0] == "torch"
 
 
 def is_seen(function: Any) -> bool:
