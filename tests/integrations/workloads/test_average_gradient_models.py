@@ -286,6 +286,43 @@ def test_buffers_of_modules_that_come_later_are_found() -> None:
         assert int(norm.num_batches_tracked) == step
 
 
+class Counter(nn.Module):
+    """Notes how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.calls += 1
+        return h * 2.0
+
+
+@pytest.mark.parametrize("late", [lambda: nn.BatchNorm1d(5, affine=False), Counter], ids=["norm", "counter"])
+def test_buffers_of_modules_that_come_later_without_weights_or_nonlinearities_are_found(late: Any) -> None:
+    torch.manual_seed(0)
+    model, part = nn.Linear(5, 5), late()
+    inputs = batch(8, 5, 3)[0].float()
+    optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.1), iterations=3)
+    for _ in range(3):
+        optimizer.step(lambda: torch.tanh(model(inputs)).mean())
+    for step in range(1, 4):
+        optimizer.step(lambda: torch.tanh(part(model(inputs))).square().mean())
+        assert int(part.num_batches_tracked if isinstance(part, nn.BatchNorm1d) else part.calls) == step
+
+
+def test_buffers_of_a_layer_that_was_exchanged_for_another_are_found() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False), nn.Tanh(), nn.Linear(4, 3)).double()
+    inputs, targets = batch(8, 5, 3)
+    optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.1))
+    for _ in range(2):
+        for step in range(1, 4):
+            optimizer.step(lambda: F.mse_loss(model(inputs), targets))
+            assert int(model[1].num_batches_tracked) == step
+        model[1] = nn.BatchNorm1d(4, affine=False).double()
+
+
 def test_frozen_parameters_groups_and_those_without_a_gradient() -> None:
     torch.manual_seed(0)
     model = Net(lambda m, h: torch.tanh(m.inner(h))).double()

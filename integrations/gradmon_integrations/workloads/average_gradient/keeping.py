@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,4 +194,5 @@ class Buffers:
 
 
 def _contents(module: nn.Module) -> dict[str, Tensor]:
-    return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}
+    with cast("Any", torch._C).DisableTorchFunction():  # who watches the forward pass is not told of this
+        return {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None}

@@ -25,6 +25,9 @@ _OTHER_DATA = (
     "was called again: take the batch outside of the closure."
 )
 
+_NORMS = frozenset({F.batch_norm, F.instance_norm})
+"""Functions that are given statistics to change."""
+
 
 class ReplayError(GradmonError):
     """The closure did something else when it was called again."""
@@ -47,11 +50,13 @@ class Recorder:
         self._table, self.copying = table, copying
         self.calls: list[Call] = []
         self.opaque = False
+        self._others, self._statistics = 0, list[int]()
 
     def kind(self) -> tuple[Any, ...]:
-        """What tells this forward pass from others: the functions and weights in their order."""
+        """What tells this forward pass from others: functions and weights in their order, statistics, how much else."""
         # Other weights than parameters are made anew in each forward pass.
-        return tuple([(call.form.key, id(call.weight) if call.lasting else 0) for call in self.calls])
+        calls = [(call.form.key, id(call.weight) if call.lasting else 0) for call in self.calls]
+        return (self._others, *self._statistics, *calls)
 
     def release(self) -> None:
         """Let go of all tensors and nodes."""
@@ -60,15 +65,19 @@ class Recorder:
                 call.release()
         self.calls = []
 
-    def other(self, function: Any) -> None:
-        """Refuse what hides nonlinearities.
+    def other(self, function: Any, args: Any) -> None:
+        """Refuse what hides nonlinearities, and note what has statistics of its own.
 
         Args:
             function: What is called.
+            args: With what, by position.
 
         Raises:
             GradmonError: It does.
         """
+        self._others += 1
+        if function in _NORMS and len(args) > 1:
+            self._statistics.append(id(args[1]))
         self.opaque = self.opaque or function is F.multilabel_soft_margin_loss
         self._table.refuse(function)
 
@@ -164,7 +173,7 @@ class Replayer:
         self._calls, self._secants, self._restoring = calls, secants, restoring
         self._place = 0
 
-    def other(self, function: Any) -> None:
+    def other(self, function: Any, args: Any) -> None:
         """Pass over what the first pass let be."""
 
     def linear(self, form: Form, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:

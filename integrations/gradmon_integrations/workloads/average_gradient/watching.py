@@ -79,8 +79,8 @@ class Watcher(Protocol):
         """A call of a function whose derivative is averaged; its other arguments by position and by name."""
         ...
 
-    def other(self, function: Any) -> None:
-        """A call of any other function; it is made afterwards."""
+    def other(self, function: Any, args: Any) -> None:
+        """A call of any other function, and its arguments by position; it is made afterwards."""
         ...
 
 
@@ -103,7 +103,7 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         form = self._watched.get(func)
         if form is None:
-            self._watcher.other(func)
+            self._watcher.other(func, args)
             return func(*args, **kwargs)
         if form.linear:
             return self._watcher.linear(form, func, args, kwargs)
