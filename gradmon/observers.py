@@ -383,7 +383,7 @@ class PassiveObserver:
     def finish(self, pending: Pending, batch: Batch, taken: Taken | None) -> list[Reading]:
         """The step and the gradient that the optimizer used in the next one."""
         if taken is None:
-            return []
+            return pending.missing("no optimizer step was taken on the next batch")
         layout, step = self._setting.layout(), pending.step
         if pending.signature != layout.signature or not taken.fits(layout):
             return pending.missing(_OTHERS)

@@ -127,6 +127,24 @@ def test_passive_skipped_step_and_a_gradient_that_is_not_finite():
     assert not monitor.failures
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_passive_step_before_a_skipped_one_says_that_there_is_no_next_gradient(n):
+    model, sink = mlp(), MemorySink()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = Monitor(model, optimizer, schedule=every(n), sinks=[sink])
+    for number, batch in enumerate(data(6), 1):
+        optimizer.zero_grad()
+        mse(model, batch).backward()
+        if number != 5:
+            optimizer.step()
+        monitor.step(batch)
+    found = by_step(sink, "step_condition")
+    assert found[4].reason == "no optimizer step was taken on the next batch"
+    assert math.isnan(found[4].value)
+    assert math.isfinite(found[2].value)
+    assert not monitor.failures
+
+
 PASSIVE = ["grad_norm", "param_norm", "update_ratio", "step_condition", "input_gradient_rank", *EXAMPLES]
 
 
