@@ -124,9 +124,11 @@ class Passes:
         Raises:
             ArgumentError: `loss` returned something else.
         """
-        if self._ran:
-            self._rewind()
-        self._remember()
+        # No functions of the model: a pass that begins by putting something back is like one that does not.
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            if self._ran:
+                self._rewind()
+            self._remember()
         self._ran = True
         value = self._loss(self.model, map_tensors(self._batch, lambda tensor: tensor.detach().clone()))
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -241,7 +243,7 @@ class Passes:
 
     def handled(self, handler: Handler, duals: Mapping[int, Tensor]) -> Tensor:
         """Run once, with somebody who sees every function, and with some parameters replaced; the loss."""
-        self._remember()
+        self._remember()  # with the parameters in their places
         with torch.enable_grad(), Mode(handler), swapped(self.model, duals):
             return self.run()
 
