@@ -9,9 +9,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from gradmon_integrations.workloads.guessers import (
     ActivationPerturbation,
+    Downstream,
     Estimator,
     GuessedGradient,
+    SingularPower,
+    WeightTranspose,
+    estimate_gradient,
 )
+from gradmon_integrations.workloads.guessers.guesser import Guesser
 
 Batch = tuple[Tensor, Tensor]
 
@@ -62,3 +67,33 @@ def test_what_is_put_back_is_no_function_of_the_model(stepping: bool) -> None:
             estimator(batch)
     assert passes[0] > 1
     assert passes[1:] == [1, 1]
+
+
+class Heads(nn.Module):
+    """A layer that only the loss reads, or the next layer too: with the same calls."""
+
+    def __init__(self, between: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.between, self.through = between, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        z = self.b(h)
+        t = F.softmax(z, -1) if self.between else z
+        y = self.c(t if self.through else h)
+        return self.d(h) + t[:, :3] + y[:, :3]
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("guesser", [WeightTranspose(), SingularPower(2.0), Downstream(1)], ids=repr)
+def test_a_head_that_the_next_layer_begins_to_read(guesser: Guesser, between: bool) -> None:
+    torch.manual_seed(0)
+    model, batch = Heads(between).double(), batch_of()
+    estimator = Estimator(model, each, guesser)
+    for through in (False, False, True, True, False):
+        model.through = through
+        found = estimator(batch, generator=seeded())
+        wanted = estimate_gradient(model, each, batch, guesser, generator=seeded())
+        for name, part in wanted.items():
+            torch.testing.assert_close(found[name], part, rtol=1e-12, atol=1e-14)

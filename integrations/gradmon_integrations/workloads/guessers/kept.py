@@ -94,7 +94,7 @@ class Kept:
         ]
         guessed = [site for site in sites if site.guessed]
         reach = {"own"} if all(site.own for site in guessed) else set[str]()
-        if all(site.adjacent and (site.following is None or _predictable(site, layers)) for site in guessed):
+        if all(site.adjacent and _predictable(site, layers, len(sites)) for site in guessed):
             reach.add("next")
         return Kept(
             list(passes.model.parameters()),
@@ -164,9 +164,11 @@ def modes_of(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 
 
-def _predictable(site: Site, layers: list[Call]) -> bool:
-    """Whether the weight of the layer that follows is known before it is called."""
-    assert site.following is not None
+def _predictable(site: Site, layers: list[Call], sites: int) -> bool:
+    """Whether the weight of the layer that follows is known before it is called, or that there will be none."""
+    if site.following is None:
+        # What reads nothing of it today, as another head, may do so in the next pass by the same functions.
+        return site.number == sites - 1
     return next(call.names[0] for call in layers if call.site is site.following) is not None
 
 
