@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from gradmon_integrations.workloads.guessers import (
     estimate_gradient,
 )
 from gradmon_integrations.workloads.guessers.guesser import Guesser
+from gradmon_integrations.workloads.guessers.noise import Kind, Noise
+from gradmon_integrations.workloads.guessers.recording import Site
 
 Batch = tuple[Tensor, Tensor]
 
@@ -97,3 +101,58 @@ def test_a_head_that_the_next_layer_begins_to_read(guesser: Guesser, between: bo
         wanted = estimate_gradient(model, each, batch, guesser, generator=seeded())
         for name, part in wanted.items():
             torch.testing.assert_close(found[name], part, rtol=1e-12, atol=1e-14)
+
+
+class OneByOne(nn.Module):
+    """Convolutions of single examples, without a dimension for them."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 3, 3, padding=1)
+        self.b = nn.ConvTranspose2d(3, 2, 1) if transposed else nn.Conv2d(3, 2, 2, padding="same")
+        self.c = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.stack([F.relu(self.b(one)).flatten() for one in F.relu(self.a(x))]))
+
+
+class Ones:
+    """In the place of noise."""
+
+    def draw(self, shape: Sequence[int], like: Tensor, kind: Kind) -> Tensor:
+        return torch.ones(tuple(shape), dtype=like.dtype)
+
+
+class Summed:
+    """`WeightTranspose` of ones, remembered."""
+
+    needs, reach, overall = "slopes", "next", False
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+
+    def guess(self, site: Site, noise: Noise) -> Tensor:
+        self.made.append(WeightTranspose().guess(site, Ones()))
+        return self.made[-1].clone()
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_of_single_examples(transposed: bool, trained: bool) -> None:
+    """Between two layers, what they push and pull is what backpropagation says."""
+    torch.manual_seed(0)
+    model, batch = OneByOne(transposed).double(), batch_of(2, 4, 4)
+    model.b.requires_grad_(trained)
+    guesser, zs = Summed(), list[Tensor]()
+    hooks = [layer.register_forward_hook(lambda _m, _x, z: zs.append(z)) for layer in (model.a, model.c)]
+    losses = each(model, batch)
+    for hook in hooks:
+        hook.remove()
+    image = torch.autograd.grad(zs[1].sum(), zs[0], retain_graph=True)[0]
+    errors = torch.autograd.grad(losses.sum(), zs)
+    along = (image * errors[0]).flatten(1).sum(1) + errors[1].sum(1)
+    found = estimate_gradient(model, each, batch, guesser, generator=seeded())
+    torch.testing.assert_close(guesser.made[0], image)
+    if not trained:  # otherwise a guess of its own has a part in it
+        torch.testing.assert_close(found["c.bias"], along.mean().expand(3))

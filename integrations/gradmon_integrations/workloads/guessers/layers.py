@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -138,11 +138,15 @@ class Convolution:
 
     def push(self, tangent: Tensor) -> Tensor:
         """The convolution without its bias."""
+        if not self.batched:
+            return replace(self, batched=True).push(tangent[None])[0]
         padded = F.pad(tangent, self.extra) if self.extra else tangent
         return torch.convolution(padded, self.weight, None, *self._options())
 
     def pull(self, cotangent: Tensor, shape: Sequence[int], weight: Tensor | None = None) -> Tensor:
         """The transposed convolution, as a linear map of the weight."""
+        if not self.batched:
+            return replace(self, batched=True).pull(cotangent[None], (1, *shape), weight)[0]
         weight = self.weight if weight is None else weight
         blank = (
             F.pad(weight.new_empty(()).expand(shape), self.extra) if self.extra else weight.new_empty(()).expand(shape)
