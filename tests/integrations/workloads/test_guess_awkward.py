@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from gradmon_integrations.workloads.guessers import (
+    ActivationMixing,
     ActivationPerturbation,
     Downstream,
     Estimator,
@@ -18,7 +20,7 @@ from gradmon_integrations.workloads.guessers import (
     WeightTranspose,
     estimate_gradient,
 )
-from gradmon_integrations.workloads.guessers.guesser import Guesser
+from gradmon_integrations.workloads.guessers.guesser import Guesser, Needs
 from gradmon_integrations.workloads.guessers.noise import Kind, Noise
 from gradmon_integrations.workloads.guessers.recording import Site
 
@@ -156,3 +158,50 @@ def test_convolutions_of_single_examples(transposed: bool, trained: bool) -> Non
     torch.testing.assert_close(guesser.made[0], image)
     if not trained:  # otherwise a guess of its own has a part in it
         torch.testing.assert_close(found["c.bias"], along.mean().expand(3))
+
+
+def mlp(width: int = 6) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize("guesser", [ActivationPerturbation(), ActivationMixing(), WeightTranspose()], ids=repr)
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_training_that_diverged_has_no_gradient(guesser: Guesser, number: float) -> None:
+    """NaN, and no complaint about examples that interact; what was not to be seen then is looked at later."""
+    torch.manual_seed(0)
+    model, batch = mlp().double(), batch_of()
+    model.register_forward_hook(lambda _m, _x, z: z - z.mean(0))
+    estimator = Estimator(model, each, guesser)
+    held = model[2].weight.detach().clone()
+    model[2].weight.data.fill_(number)
+    for found in (estimator(batch), estimate_gradient(model, each, batch, guesser)):
+        assert all(not bool(part.isfinite().all()) for part in found.values())
+    model[2].weight.data.copy_(held)
+    with pytest.raises(ValueError, match="apart"):
+        estimator(batch)
+
+
+@dataclass(frozen=True)
+class Louder:
+    """Noise of some length."""
+
+    factor: float
+    needs: Needs = "nothing"
+    overall = True
+
+    def guess(self, site: Site, noise: Noise) -> Tensor:
+        return noise.draw(site.shape, site.like, "normal") * self.factor
+
+
+@pytest.mark.parametrize("guesses", [1, 2])
+def test_the_length_of_a_guess_does_not_matter_in_half_precision(guesses: int) -> None:
+    """Where the sum of its squares is beyond what the type can hold, too."""
+    torch.manual_seed(0)
+    model, (x, t) = mlp(64).half(), batch_of()
+    one, other = (
+        estimate_gradient(model, each, (x.half(), t), Louder(factor), guesses=guesses, generator=seeded())
+        for factor in (1.0, 256.0)
+    )
+    for name, part in one.items():
+        assert bool((part != 0).any())
+        assert float((other[name] - part).float().norm()) < 0.02 * float(part.float().norm())

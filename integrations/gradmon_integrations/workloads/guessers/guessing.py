@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradmon._batches import tensors
+from gradmon._tensors import working
 from gradmon_integrations.workloads.guessers.followers import Duals
 from gradmon_integrations.workloads.guessers.guesser import guessed
 from gradmon_integrations.workloads.guessers.inputs import FREE, Inputs
@@ -266,7 +267,7 @@ class Guesses:
             self._take(site, y, x)
             return None
         if self._scaled:
-            self.squares.append(y.reshape(site.shape[0], -1).square().sum(-1))
+            self.squares.append(working(y).reshape(site.shape[0], -1).square().sum(-1))
         if self.held:
             self.made.append((site, y))
         return y

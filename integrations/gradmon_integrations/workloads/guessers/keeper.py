@@ -79,13 +79,15 @@ class Keeper:
         if known and old is not None:
             kept.uses, kept.written, kept.single = old.uses + 1, old.written, old.single
         self._kept = None
+        seen = True
         if not known:
             checked = Several(passes, settings, structure, seed).check()
+            seen = checked is None or not bool(checked[1].isnan().any())
             if checked is not None and settings.needs != "nothing" and kept.serves(settings):
                 # Once more if only that some inputs are written to had to be learned.
                 kept.single = any(carries(passes, settings, kept, *checked) for _ in range(2))
         # Only now: what is refused once is to be refused again.
-        self._kept = kept
+        self._kept = kept if seen else None
         if kept.serves(settings):
             # Slopes are as large as a pass, and it makes its own.
             structure = None

@@ -18,6 +18,7 @@ from gradmon_integrations.workloads.guessers.probe import Probe
 from gradmon_integrations.workloads.guessers.recording import Site
 from gradmon_integrations.workloads.guessers.replay import alike, random_states, same_states
 from gradmon_integrations.workloads.guessers.settings import Settings
+from gradmon_integrations.workloads.guessers.several import scaled
 
 
 def once(
@@ -48,8 +49,7 @@ def once(
     sums = {name: part * (along.mean() * factor).to(part.dtype) for name, part in directions.items()}
     rows = along / passes.examples
     if handler.squares:
-        total = torch.stack(handler.squares).sum(0).to(rows.dtype)
-        rows = torch.where(total > 0, rows / total, torch.zeros_like(rows))
+        rows = scaled(rows, torch.stack(handler.squares).sum(0))
 
     def take(site: Site, y: Tensor, x: Tensor) -> None:
         y = y * rows.to(y.dtype).reshape(-1, *[1] * (y.ndim - 1))

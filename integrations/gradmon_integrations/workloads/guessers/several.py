@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradmon._errors import ArgumentError
 from gradmon._parameters import layer_of
+from gradmon._tensors import working
 from gradmon_integrations.workloads.guessers.directions import Directions
 from gradmon_integrations.workloads.guessers.followers import Inject
 from gradmon_integrations.workloads.guessers.guesser import guessed
@@ -115,9 +116,11 @@ class Several:
     def check(self) -> tuple[Probe, Tensor] | None:
         """See that no example's loss depends on another's pre-activations.
 
+        Where the loss has no derivative, as after training diverged, that is not to be seen: so have the guesses none.
+
         Returns:
-            The tangents by which that was seen, and their derivatives, (B,); None where examples share one loss, or no
-            pre-activations are guessed.
+            The tangents by which that was seen, and their derivatives, (B,), NaN where there are none; None where
+            examples share one loss, or no pre-activations are guessed.
 
         Raises:
             ArgumentError: One does, though the loss is one value per example.
@@ -130,7 +133,8 @@ class Several:
             return probe.at(site)[None] if id(site) in wanted else None
 
         found = self.passes.tangent(self.structure, some, {}, 1, False)[0]
-        if bool((found.reshape(-1)[~probe.chosen.to(found.device)] != 0).any()):
+        others = found.reshape(-1)[~probe.chosen.to(found.device)]
+        if bool(((others != 0) & ~others.isnan()).any()):
             raise ArgumentError(
                 "model",
                 "treat the examples, along the first dimension, apart where `loss` returns one value per example and "
@@ -182,7 +186,7 @@ class Several:
                 found = [guessed(self.active, site, noise) for noise in noises]
                 for place, y in zip(places, found, strict=True):
                     if self.scaled:
-                        squares[place][site.number] = y.reshape(examples, -1).square().sum(-1)
+                        squares[place][site.number] = working(y).reshape(examples, -1).square().sum(-1)
                     if self.hold:
                         made[site.number][place] = y
                 stacked = torch.stack(found)
@@ -208,8 +212,8 @@ class Several:
         if not group.sites:
             return
         if self.scaled:
-            total = torch.stack([torch.stack(list(of.values())).sum(0) for of in squares]).to(rows.dtype)
-            rows = torch.where(total > 0, rows / total, torch.zeros_like(rows))
+            total = torch.stack([torch.stack(list(of.values())).sum(0) for of in squares])
+            rows = scaled(rows, total)
         rows = rows / guesses
         for site in group.sites:
             if self.hold:
@@ -272,6 +276,12 @@ class Several:
         for number, x in self._inputs.take():
             look(self.structure.sites[number], x)
         return self.structure.loss
+
+
+def scaled(rows: Tensor, total: Tensor) -> Tensor:
+    """Derivatives along guesses, over the squared lengths of the guesses: 0 along a guess of length 0."""
+    found = rows / total
+    return torch.where(total == 0, torch.zeros_like(found), found)
 
 
 def _nothing(site: Site) -> None:
