@@ -115,7 +115,7 @@ class AverageGradient(Optimizer):
         functions: Mapping[Function, Slope] = FUNCTIONS,
         linear: Linear = "plain",
         measure: bool = False,
-        undo: int = 1 << 26,
+        undo: int = 1 << 20,
     ) -> None:
         _check(base_optimizer, iterations, functions, linear, undo)
         self.base = base_optimizer
