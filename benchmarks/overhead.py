@@ -249,7 +249,8 @@ def runs_table(steps: int) -> str:
         f"{_BLOCK} steps of the one after as many of the other.",
         "Overhead: the CPU time of all steps over that of the twin's, minus 1; steps with a probe as long as they",
         f"take, all others by their means without the {100 * _TRIMMED:.0f} % at either end. The steps of the MLP take",
-        "less than a millisecond. The other columns say how often one metric of each group was read.",
+        "less than a millisecond. On a machine shared with others a figure differs by three points from one run to the",
+        "next. The other columns say how often one metric of each group was read.",
         "",
     ]
     rows: list[list[str]] = []
