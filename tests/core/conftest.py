@@ -1,5 +1,6 @@
 """What all tests of the core begin and end with."""
 
+import logging
 import random
 
 import numpy as np
@@ -20,3 +21,20 @@ def seeded():
     random.setstate(states[1])
     while torch.overrides._get_current_function_mode_stack():  # one failing test shall not fail the next
         torch.overrides._pop_mode()
+
+
+@pytest.fixture
+def log():
+    """The records of the monitor's logger."""
+    records = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            records.append(record)
+
+    logger, handler = logging.getLogger("gradmon"), Keep()
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield records
+    logger.removeHandler(handler)
+    logger.propagate = True

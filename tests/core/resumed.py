@@ -5,31 +5,17 @@ import json
 import math
 
 import torch
-from torch import nn
 
 from gradmon import Monitor, every
 from gradmon.sinks import MemorySink
+from tests.core import monitored
+from tests.core.monitored import CLOCK, mse
 
-SIZE, STEPS = 6, 7
-CLOCK = {"probe_seconds", "monitor_overhead"}
-
-
-def mse(model, batch):
-    return (model(batch[0]) - batch[1]).square().mean()
-
-
-def mlp(dtype=torch.float64):
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).to(dtype)
+STEPS = 7
 
 
 def data(dtype, count=STEPS):
-    generator = torch.Generator().manual_seed(2)
-    made = []
-    for _ in range(count):
-        x = torch.randn(SIZE, 3, generator=generator)
-        made.append((x.to(dtype), torch.randn(SIZE, 2, generator=generator).to(dtype)))
-    return made
+    return monitored.data(count, dtype)
 
 
 def sgd(parameters):

@@ -1,6 +1,5 @@
 """Memory that runs out, and metrics that fail: the training does not notice, and what can still be had is right."""
 
-import logging
 import math
 
 import numpy as np
@@ -29,22 +28,6 @@ NEXT = ["step_condition", "step_share", "batch_share"]
 STEP = ["update_ratio", "step_ratio"]
 GRADIENT = ["loss", "grad_norm", "param_norm"]
 ALL = [*EXAMPLES, *SWEEP, *CURVATURE, *NEXT, *STEP, *GRADIENT]
-
-
-@pytest.fixture
-def log():
-    records = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            records.append(record)
-
-    logger, handler = logging.getLogger("gradmon"), Keep()
-    logger.addHandler(handler)
-    logger.propagate = False
-    yield records
-    logger.removeHandler(handler)
-    logger.propagate = True
 
 
 @pytest.fixture(params=ERRORS)

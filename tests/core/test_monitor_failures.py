@@ -1,6 +1,5 @@
 """What fails inside of a monitor never stops the training."""
 
-import logging
 import math
 
 import pytest
@@ -12,23 +11,6 @@ from gradmon._evidence import BatchGradient
 from gradmon.alerts import Above
 from gradmon.sinks import MemorySink
 from tests.core.monitored import assert_same_weights, by_step, data, explode, mlp, mse, train, trained_alone, watched
-
-
-@pytest.fixture
-def log():
-    """The records of the monitor's logger."""
-    records = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            records.append(record)
-
-    logger, handler = logging.getLogger("gradmon"), Keep()
-    logger.addHandler(handler)
-    logger.propagate = False
-    yield records
-    logger.removeHandler(handler)
-    logger.propagate = True
 
 
 class BrokenSink(MemorySink):

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from gradmon import every
-from tests.core.resumed import Run, assert_resumes_everywhere, assert_some_numbers, data, mlp, mse, read, sgd
+from tests.core.monitored import mlp, mse
+from tests.core.resumed import Run, assert_resumes_everywhere, assert_some_numbers, data, read, sgd
 
 
 def dropped(dtype=torch.float64):

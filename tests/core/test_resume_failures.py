@@ -20,7 +20,8 @@ from gradmon._evidence import (
     WeightSweep,
 )
 from gradmon.alerts import Above, Drift
-from tests.core.resumed import STEPS, Run, assert_resumes_everywhere, assert_some_numbers, data, mlp, mse
+from tests.core.monitored import mlp, mse
+from tests.core.resumed import STEPS, Run, assert_resumes_everywhere, assert_some_numbers, data
 
 
 def rules():
