@@ -50,10 +50,9 @@ def test_slopes_that_are_worked_out_together_are_those_of_each_call(dtype: torch
             assert call.slope is not None
             assert other.slope is not None
             assert torch.equal(call.slope, other.slope)
-            assert (other.near is None) == (call.near is None)
-            if call.near is not None and other.near is not None:
-                assert torch.equal(call.near, other.near)
-                assert torch.equal(call.near.bool(), (x_after - call.x).abs() <= 1.19e-7)
+            assert other.near is not None
+            assert torch.equal(other.near.bool(), (x_after - call.x).abs() <= 1.19e-7)
+            assert torch.equal(other.near, torch.zeros_like(x_after) if call.near is None else call.near)
 
 
 def test_what_does_not_lie_in_order_or_has_another_slope_does_not_wait() -> None:

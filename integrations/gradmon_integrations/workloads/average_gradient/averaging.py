@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from gradmon_integrations.workloads.average_gradient.keeping import Buffers
 from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
 from gradmon_integrations.workloads.average_gradient.recording import Recorder, Replayer
 from gradmon_integrations.workloads.average_gradient.secants import Secants
+from gradmon_integrations.workloads.average_gradient.update import Candidate
 from gradmon_integrations.workloads.average_gradient.watching import Table, Watch
 
 
@@ -96,6 +99,31 @@ class Averaging:
             One tensor per parameter.
         """
         return list(torch.autograd.grad(self.loss, parameters, retain_graph=not last))
+
+    def take_gradient(self, parameters: Sequence[Tensor], candidate: Candidate, *, last: bool) -> None:
+        """Hand the gradient to a candidate, large parameters' one by one, so that it is never there as a whole.
+
+        Args:
+            parameters: As for `gradient`.
+            candidate: Takes it up.
+            last: As for `gradient`.
+        """
+        zeros: dict[Any, Tensor] = {}
+
+        def take(gradient: Tensor, place: int) -> Tensor:
+            candidate.take(place, gradient)
+            kind = gradient.dtype, gradient.device
+            if kind not in zeros:
+                zeros[kind] = gradient.new_zeros(())
+            return zeros[kind].expand(gradient.shape)
+
+        # Behind the hooks of others, which may change the gradients.
+        handles = [parameters[place].register_hook(partial(take, place=place)) for place in candidate.large]
+        try:
+            candidate.take_small(self.gradient(parameters, last=last))
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def place(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

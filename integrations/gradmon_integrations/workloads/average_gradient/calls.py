@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmon_integrations.workloads.average_gradient.midpoint import Midpoint
-from gradmon_integrations.workloads.average_gradient.slopes import NEAR, Form, secant
-
+from gradmon_integrations.workloads.average_gradient.slopes import NEAR, Form, resting, secant
 
 class Call:
     """One call of a watched function.
@@ -27,7 +26,6 @@ class Call:
         outer: The node that the gradient of y enters; the same one for a function with a node of its own.
         slope: What stands for the derivative; None while that does itself.
         near: 1 where the derivative stands for itself even so, 0 elsewhere; None for 0 everywhere.
-        room: Where `near` may be written.
         received: The gradient of y, on its way from `outer` to `inner`.
         middle: For a linear function, its Jacobians at the midpoint, if those are wanted.
     """
@@ -40,7 +38,6 @@ class Call:
     middle: Midpoint | None = None
     slope: Tensor | None = None
     near: Tensor | None = None
-    room: Tensor | None = None
     received: Tensor | None = None
 
     def __init__(self, form: Form, shape: torch.Size, options: tuple[Any, ...], weight: Tensor | None) -> None:
@@ -65,30 +62,27 @@ class Call:
 
     def attach(self) -> None:
         """Put the slope in the derivative's place whenever the graph is run backwards from now on."""
-        if self.middle is not None:
-            self.middle.attach()
-        elif self.inner is not None:
-            self._attach()
-
-    def _attach(self) -> None:
-        if self.inner is self.outer:
-            self.inner.register_hook(self._replace)
-        else:
+        if self.inner is None:
+            if self.middle is not None:
+                self.middle.attach()
+            return
+        if self.inner is not self.outer:
             self.outer.register_hook(self._receive)
-            self.inner.register_hook(self._replace)
+        self.inner.register_hook(self._replace)
 
     def _receive(self, inputs: Any, outputs: Any) -> None:
         self.received = outputs[0]
 
     def _replace(self, inputs: Any, outputs: Any) -> Any:
-        slope, near = self.slope, self.near
+        # The slope of one replay serves one backward pass, and is written over there.
+        averaged, self.slope = self.slope, None
         arriving = outputs[0] if self.inner is self.outer else self.received
-        if slope is None or arriving is None or inputs[0] is None:
+        if averaged is None or arriving is None or inputs[0] is None:
             return None
-        averaged = torch.mul(slope, arriving)
+        averaged.mul_(arriving)
         # At weights 0 and 1 `lerp` returns its ends as they are.
-        if near is not None:
-            averaged.lerp_(inputs[0], near)
+        if self.near is not None:
+            averaged.lerp_(inputs[0], self.near)
         return (averaged,)
 
     def between(self, x_after: Tensor, y_after: Tensor) -> None:
@@ -96,31 +90,21 @@ class Call:
         x, y, slope = self.x, self.y, self.form.slope
         if x is None or y is None or slope is None:
             return
-        # The closure may have gradients on.
-        x, y, x_after, y_after = (tensor.detach() for tensor in (x, y, x_after, y_after))
-        moved = torch.sub(x_after, x)
-        self.near = _near(moved)
-        if slope is secant:
-            # The same numbers as `secant`, with one difference of the inputs for both purposes.
-            self.slope = torch.sub(y_after, y).div_(moved if self.near is None else moved.add_(self.near))
-        else:
-            self.slope = slope(x, y, x_after, y_after).clone()
-            if self.near is not None:
-                self.slope.masked_fill_(self.near.bool(), 0)
+        # The closure may have gradients on, or inference, whose tensors cannot be written to later.
+        with torch.inference_mode(False), torch.no_grad():
+            x, y = x.detach(), y.detach()
+            moved = torch.sub(x_after, x)
+            if slope is secant:
+                # The same numbers as `secant`, with one difference of the inputs for both purposes.
+                self.near = resting(moved)
+                self.slope = torch.sub(y_after, y).div_(moved.add_(self.near))
+            else:
+                near = moved.abs_() <= NEAR
+                self.near = near.to(moved.dtype)
+                self.slope = slope(x, y, x_after.detach(), y_after.detach()).clone().masked_fill_(near, 0)
 
     def release(self) -> None:
         """Let go of all tensors and nodes, which refer to each other in a circle."""
-        self.x = self.y = self.slope = self.near = self.room = self.received = self.weight = None
-        self.inner = self.outer = None
         if self.middle is not None:
             self.middle.release()
-            self.middle = None
-
-
-def _near(moved: Tensor) -> Tensor | None:
-    """1 where inputs hardly move, 0 elsewhere; None for 0 everywhere."""
-    distances = moved.abs()
-    # On other devices a look at a number would have to wait for all that was started before.
-    if moved.device.type == "cpu" and moved.numel() and float(distances.min()) > NEAR:
-        return None
-    return torch.le(distances, NEAR, out=distances)  # as floating-point numbers, since choosing by booleans is slow
+        self.__dict__.clear()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from gradmon_integrations.workloads.average_gradient.update import SMALL, copy_all, joined, unflattened
+from gradmon_integrations.workloads.average_gradient.update import SMALL, copy_all, unflattened
 
 _PLAIN = (int, float, str, type(None))
 
@@ -30,7 +30,9 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer, most: int) -> None:
         self._optimizer, self._most = optimizer, most
         self._tensors: list[Tensor] = []
+        self._pointers: list[list[int]] = []
         self._small: list[list[Tensor]] = []
+        self._flat: list[list[Tensor]] = []
         self._large: list[Tensor] = []
         self._spare: list[Tensor] = []
         self._joined: list[Tensor] = []
@@ -56,7 +58,7 @@ class OptimizerState:
                     tensors.append(value)
                 elif not isinstance(value, _PLAIN):
                     odd.append((kept, name))
-        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+        if not self._known(tensors):
             self._sort(tensors)
         if not self._whole:
             return
@@ -67,12 +69,18 @@ class OptimizerState:
         for kept, name in odd:
             kept[name] = copy.deepcopy(kept[name])
         self._states, self._others = states, copy.deepcopy(others)
-        self._joined = [joined(many) for many in self._small]
+        self._joined = [torch.cat(many) for many in self._flat]
         for number, value in enumerate(self._large):
             if self._spare[number].shape == value.shape and value.layout == torch.strided:
                 self._spare[number].copy_(value.detach())
             else:
                 self._spare[number] = value.detach().clone()
+
+    def _known(self, tensors: list[Tensor]) -> bool:
+        """Whether they are those that were sorted last, and their data are where they were."""
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+            return False
+        return [list(map(Tensor.data_ptr, many)) for many in self._small] == self._pointers
 
     def _sort(self, tensors: list[Tensor]) -> None:
         """Look at tensors that are new: small ones are copied together."""
@@ -80,11 +88,13 @@ class OptimizerState:
         self._whole = sum(tensor.nbytes for tensor in tensors) <= self._most
         small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors if self._whole else ():
-            if tensor.numel() > SMALL or tensor.layout != torch.strided:
-                self._large.append(tensor)
-            else:
+            if type(tensor) is Tensor and _lies_together(tensor):
                 small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+            else:
+                self._large.append(tensor)
         self._small = list(small.values())
+        self._pointers = [list(map(Tensor.data_ptr, many)) for many in self._small]
+        self._flat = [[tensor.detach().view(-1) for tensor in many] for many in self._small]
         self._spare = [torch.empty(0)] * len(self._large)
 
     def restore(self) -> bool:
@@ -107,6 +117,11 @@ class OptimizerState:
             held.update(kept)
             self._optimizer.state[key] = held
         return True
+
+
+def _lies_together(tensor: Tensor) -> bool:
+    """Whether it is small, and its elements lie side by side."""
+    return tensor.layout == torch.strided and tensor.numel() <= SMALL and tensor.is_contiguous()
 
 
 def _copied(value: Any) -> Any:

@@ -292,21 +292,19 @@ class AverageGradient(Optimizer):
         self, averaging: Averaging, candidate: Candidate, active: Sequence[Tensor], origin: Sequence[Tensor]
     ) -> None:
         """From the base's candidate, which is in place, to the weights after the step, which are then."""
-        losses, point = list[Tensor](), origin
+        losses = list[Tensor]()
         for left in range(self.iterations - 2, -1, -1):
             losses.append(averaging.replay())
             place(active, origin)
-            point = origin  # that before is not held any longer, and its memory free for the gradient
-            candidate.forget()
-            last = not (left or self.measure)
-            point = candidate.signed(origin, averaging.gradient(active, last=left == 0), last=last)
-            if not last:
+            point = candidate.aim(origin, last=left == 0)
+            averaging.take_gradient(active, candidate, last=left == 0)
+            if left or self.measure:
                 place(active, point)
         if self.measure:
             losses.append(averaging.replay())
-            copy_all(origin, point)
             place(active, origin)
             self.measurement.add(*(float(loss.detach()) for loss in (averaging.loss, losses[0], losses[-1])))
+        copy_all(origin, point)
 
     def _ascending(self, active: Sequence[Tensor]) -> list[int]:
         """The places of the parameters that are stepped along their gradients."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradmon_integrations.workloads.average_gradient.calls import Call
-from gradmon_integrations.workloads.average_gradient.slopes import NEAR, secant
+from gradmon_integrations.workloads.average_gradient.slopes import resting, secant
 from gradmon_integrations.workloads.average_gradient.update import SMALL
 
 _MOST = 1 << 16
@@ -24,8 +24,8 @@ class Secants:
     """
 
     def __init__(self) -> None:
-        self._waiting: dict[Any, list[_Waiting]] = {}
-        self._rooms: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._waiting: dict[Any, _Group] = {}
+        self._rooms: dict[Any, Tensor] = {}
         self._intact = True
 
     def clear(self) -> None:
@@ -37,7 +37,7 @@ class Secants:
 
         Args:
             call: The call, of which those before the step are known.
-            x_after: Its input after the step.
+            x_after: Its input after the step, of the shape of that before.
             y_after: Its output after the step.
 
         Returns:
@@ -57,96 +57,82 @@ class Secants:
         if not (dtype is y_after.dtype and dtype is x.dtype and dtype is y.dtype):
             return False
         if size > SMALL:
-            if x_after.device.type != "cpu":
+            if not x_after.is_cpu:
                 return False
             self._large(call, x, y, x_after, y_after)
             return True
-        group = self._waiting.setdefault((x_after.shape, dtype, x_after.device), [])
-        group.append(_Waiting(call, x, y, x_after, y_after, (x_after._version, y_after._version)))
-        if len(group) * size >= _MOST:
+        kind = call.shape, dtype, x_after.device
+        group = self._waiting.get(kind)
+        if group is None:
+            group = self._waiting[kind] = _Group()
+        group.calls.append(call)
+        group.before += x, y
+        group.after += x_after, y_after
+        group.versions += x_after._version, y_after._version
+        if len(group.calls) * size >= _MOST:
             self._work_out(group)
         return True
 
     def finish(self) -> bool:
         """Work out what is left; whether nothing that waited was written to, and so all slopes are what they are."""
         for group in self._waiting.values():
-            if group:
+            if group.calls:
                 self._work_out(group)
         intact, self._intact = self._intact, True
         return intact
 
-    def _work_out(self, group: list[_Waiting]) -> None:
-        self._intact = self._intact and all(waiting.intact for waiting in group)
+    def _work_out(self, group: _Group) -> None:
+        self._intact = self._intact and [tensor._version for tensor in group.after] == group.versions
         if self._intact:
             _together(group)
         group.clear()
 
     def _large(self, call: Call, x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor) -> None:
+        call.slope = torch.empty_like(x)
         # Later iterations write where the first one did: memory that is given back is slow to get again.
-        if call.slope is None or call.slope.dtype is not x.dtype or not call.slope.is_contiguous():
-            call.slope = torch.empty_like(x)
-        tensors = x, y, x_after, y_after, call.slope
+        if call.near is None or call.near.dtype is not x.dtype or not call.near.is_contiguous():
+            call.near = torch.empty_like(x)
+        tensors = x, y, x_after, y_after, call.slope, call.near
         if x.numel() <= _MOST:
-            call.near = self._part(*tensors, call.room)
-            call.room = call.room if call.near is None else call.near
+            self._part(*tensors)
             return
-        parts = list(zip(*(tensor.view(-1).split(_MOST) for tensor in tensors), strict=True))
-        near, call.near = [self._part(a, b, c, d, e, None) for a, b, c, d, e in parts], None
-        if any(part is not None for part in near):
-            filled = [torch.zeros_like(part[0]) if one is None else one for one, part in zip(near, parts, strict=True)]
-            call.near = torch.cat(filled).view(x.shape)
+        for part in zip(*(tensor.view(-1).split(_MOST) for tensor in tensors), strict=True):
+            self._part(*part)
 
-    def _part(
-        self, x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor, slope: Tensor, room: Tensor | None
-    ) -> Tensor | None:
-        """Write slopes; 1 where the derivative stands for itself, 0 elsewhere, None for 0 everywhere."""
+    def _part(self, x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor, slope: Tensor, near: Tensor) -> None:
+        """Write slopes, and where the derivative stands for itself."""
         kind = x.shape, x.dtype
         if kind not in self._rooms:
             if len(self._rooms) == _ROOMS:
                 self._rooms.clear()
-            self._rooms[kind] = torch.empty_like(x), torch.empty_like(x)
-        moved, distances = self._rooms[kind]
-        torch.sub(x_after, x, out=moved)
-        torch.abs(moved, out=distances)
-        near = None
-        if not float(distances.min()) > NEAR:
-            near = torch.le(distances, NEAR, out=torch.empty_like(x) if room is None else room)
-            moved.add_(near)
+            self._rooms[kind] = torch.empty_like(x)
+        moved = torch.sub(x_after, x, out=self._rooms[kind])
+        moved.add_(resting(moved, out=near))
         torch.sub(y_after, y, out=slope).div_(moved)
-        return near
 
 
-class _Waiting(NamedTuple):
-    """A call, and its input and output before and after the step."""
+class _Group:
+    """Calls of one shape, and their inputs and outputs in turn: before the step, and after it."""
 
-    call: Call
-    x: Tensor
-    y: Tensor
-    x_after: Tensor
-    y_after: Tensor
-    versions: tuple[int, int]
+    __slots__ = ("after", "before", "calls", "versions")
 
-    @property
-    def intact(self) -> bool:
-        """Whether nobody has written to those after the step."""
-        return (self.x_after._version, self.y_after._version) == self.versions
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget them."""
+        self.calls: list[Call] = []
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
+        self.versions: list[int] = []
 
 
-def _together(group: list[_Waiting]) -> None:
-    calls = [waiting.call for waiting in group]
-    moved = torch.stack([waiting.x_after for waiting in group])
-    moved.sub_(torch.stack([waiting.x for waiting in group]))
-    slopes = torch.stack([waiting.y_after for waiting in group])
-    slopes.sub_(torch.stack([waiting.y for waiting in group]))
-    distances = moved.abs()
-    least = [0.0] * len(calls)
+def _together(group: _Group) -> None:
+    differences = torch.stack(group.after).sub_(torch.stack(group.before))
+    moved, slopes = differences[::2], differences[1::2]
+    near = resting(moved)
+    slopes.div_(moved.add_(near))
     # On other devices a look at numbers would have to wait for all that was started before.
-    if moved.device.type == "cpu":
-        least = distances.view(len(calls), -1).amin(1).tolist()
-    rows = [row for row, distance in enumerate(least) if not distance > NEAR]
-    if rows:
-        moved.add_(torch.le(distances, NEAR, out=distances))
-    for call, slope in zip(calls, slopes.div_(moved).unbind(), strict=True):
-        call.slope, call.near = slope, None
-    for row in rows:
-        calls[row].near = distances[row]
+    found = near.view(len(near), -1).amax(1).tolist() if near.is_cpu else [1.0] * len(near)
+    for row, (call, slope) in enumerate(zip(group.calls, slopes.unbind(), strict=True)):
+        call.slope, call.near = slope, near[row] if found[row] else None

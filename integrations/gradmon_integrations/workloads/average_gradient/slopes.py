@@ -22,6 +22,30 @@ Slope = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 NEAR = 1.19e-7
 """Up to this ``|x' - x|`` the derivative f'(x) stands for itself (the paper's constant; it is float32's epsilon)."""
 
+_BEYOND = {
+    dtype: float(torch.nextafter(torch.tensor(NEAR, dtype=dtype), torch.tensor(1.0, dtype=dtype)))
+    for dtype in (torch.float32, torch.float64)
+}
+"""The next number above `NEAR`."""
+_INSIDE: Any = torch.ops.aten.hardtanh_backward.grad_input
+_ONE = torch.ones(())
+
+
+def resting(moved: Tensor, out: Tensor | None = None) -> Tensor:
+    """1 where an input hardly moves, 0 elsewhere: numbers, since choosing by booleans is slow.
+
+    Args:
+        moved: ``x' - x``, any shape, float32 or float64.
+        out: Where to write, if there is room.
+
+    Returns:
+        Of the same shape and dtype; 0 or 1 where `moved` is not a number.
+    """
+    # The derivative of hardtanh is 1 strictly between its limits. A distance and a comparison would take two calls.
+    limit = _BEYOND[moved.dtype]
+    one = _ONE if moved.is_cpu else moved.new_ones(())
+    return _INSIDE(one, moved, -limit, limit, grad_input=torch.empty_like(moved) if out is None else out)
+
 
 def secant(x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor) -> Tensor:
     """``(y' - y) / (x' - x)``, elementwise.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from operator import is_
 from typing import Any, cast
@@ -17,7 +17,7 @@ from gradmon._errors import GradmonError
 
 SMALL = 1 << 14
 """Up to so many elements tensors are worked on together: one call for all costs less than one for each."""
-_CHUNK = 1 << 16
+_CHUNK = 1 << 18
 """So many elements of a larger tensor are worked on at a time: what is between stays in the processor's cache."""
 KEPT = 1 << 26
 """Up to so many bytes of weights are kept for later iterations: memory that is given back is slow to get again."""
@@ -33,6 +33,7 @@ class Candidate:
 
     Attributes:
         values: Where the base optimizer's step leads, one tensor per parameter.
+        large: The places of those parameters that are worked on one by one.
 
     Raises:
         GradmonError: Two of them share memory.
@@ -54,14 +55,16 @@ class Candidate:
             ):
                 self.values[place], self._reached[place] = view, other
         small = {place for block in self._blocks for place in block.places}
-        self._large = [place for place in range(len(self.values)) if place not in small]
-        for place in self._large:
+        self.large = [place for place in range(len(self.values)) if place not in small]
+        for place in self.large:
             self.values[place] = torch.empty_like(self.values[place])
         self._rooms: dict[torch.dtype, list[Tensor]] = {}
         self._spare: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
-        self._marks: dict[int, tuple[int, Tensor]] = {}
+        self._versions: list[int] = []
+        self._samples: list[Tensor] = []
         self._ascending: Sequence[int] = ()
+        self._aims: tuple[Sequence[Tensor], Sequence[Tensor]] = [], []
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it was made for these parameters as they are."""
@@ -73,7 +76,7 @@ class Candidate:
         for block in self._blocks:
             block.before = joined([before[place] for place in block.places])
             block.after.copy_(block.before)
-        for place in self._large:
+        for place in self.large:
             self.values[place].copy_(before[place])
 
     def note(self, gradients: Sequence[Tensor | None], ascending: Sequence[int]) -> None:
@@ -92,16 +95,17 @@ class Candidate:
             found[place] = -found[place]
         for block in self._blocks:
             block.signs = joined([found[place] for place in block.places]).sign_()
-        self._gradients = {place: found[place] for place in self._large}
-        self._marks = {place: (found[place]._version, _some(found[place]).clone()) for place in self._large}
+        self._gradients = {place: found[place] for place in self.large}
+        self._versions = [gradient._version for gradient in self._gradients.values()]
+        self._samples = _samples(self._gradients.values())
 
     @property
     def lost(self) -> bool:
         """Whether gradients have been written to since `note`, as some optimizers do."""
-        return any(
-            self._gradients[place]._version != version or not torch.equal(_some(self._gradients[place]), some)
-            for place, (version, some) in self._marks.items()
-        )
+        gradients = self._gradients.values()
+        if [gradient._version for gradient in gradients] != self._versions:
+            return True
+        return not all(map(torch.equal, _samples(gradients), self._samples))
 
     def collect(self, parameters: Sequence[Tensor]) -> None:
         """Take up what the base optimizer made of the values, and its gradients off: the closure may change those."""
@@ -112,43 +116,52 @@ class Candidate:
 
     def release(self) -> None:
         """Let go of the gradients, so that their memory is free for the next ones."""
-        self._gradients, self._marks = {}, {}
+        self._gradients, self._versions, self._samples = {}, [], []
         self.forget()
 
-    def signed(self, before: Sequence[Tensor], average: list[Tensor], *, last: bool) -> Sequence[Tensor]:
-        """The weights after a step with the signs of the average gradient.
+    def aim(self, before: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+        """Get ready for a step with the signs of the average gradient.
 
         Args:
             before: w, one tensor per parameter.
-            average: a; the list is emptied, so that its memory is free as soon as may be.
-            last: Whether to write them to w, which is then gone.
+            last: Whether w' is not needed any more.
 
         Returns:
-            One tensor per parameter: w itself if it is the last, otherwise what holds until the next call or `forget`.
+            Where that step will lead, one tensor per parameter: until the next call, or `forget`.
         """
-        for place in self._ascending:
-            average[place] = -average[place]
-        for block in self._blocks:
-            signs = flattened([average[place] for place in block.places])
-            signed_step(block.before, block.after, block.signs, signs, block.reached)
         reached = list(self._reached)
-        average.reverse()
-        for place, w in enumerate(before):
-            a = average.pop()
-            if place in self._gradients:
-                if not last and place not in self._spare:
-                    self._spare[place] = torch.empty_like(w)
-                reached[place] = w if last else self._spare[place]
-                self._signed_in_parts(w, self.values[place], self._gradients[place], a, reached[place])
-        if not last:
-            return reached
-        small = [place for block in self._blocks for place in block.places]
-        if small:
-            copy_all([before[place] for place in small], [reached[place] for place in small])
-        return before
+        for place in self.large:
+            if not last and place not in self._spare:
+                self._spare[place] = torch.empty_like(before[place])
+            reached[place] = self.values[place] if last else self._spare[place]
+        self._aims = before, reached
+        return reached
+
+    def take(self, place: int, average: Tensor) -> None:
+        """Work out a large parameter's weights after the step.
+
+        Args:
+            place: One of `large`.
+            average: Its average gradient.
+        """
+        if place in self._ascending:
+            average = -average
+        before, reached = self._aims
+        self._signed_in_parts(before[place], self.values[place], self._gradients[place], average, reached[place])
+
+    def take_small(self, average: Sequence[Tensor]) -> None:
+        """Work out the weights of all small parameters after the step.
+
+        Args:
+            average: The average gradient, one tensor per parameter; those of large ones are not looked at.
+        """
+        for block in self._blocks:
+            signs = [-average[place] if place in self._ascending else average[place] for place in block.places]
+            signed_step(block.before, block.after, block.signs, flattened(signs), block.reached)
 
     def forget(self) -> None:
-        """Let go of the weights that `signed` gave, if they are many, so that there is room for the next gradient."""
+        """Let go of what `aim` gave, if it is much, so that there is room for other things."""
+        self._aims = [], []
         if sum(spare.nbytes for spare in self._spare.values()) > KEPT:
             self._spare = {}
 
@@ -205,10 +218,20 @@ def _extent(tensor: Tensor) -> int:
     return (last + 1) * tensor.element_size()
 
 
+def _samples(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Some of the elements of tensors, of those of one dtype and device together."""
+    some: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        some.setdefault((tensor.dtype, tensor.device), []).append(_some(tensor))
+    return [torch.cat(many, 1) for many in some.values()]
+
+
 def _some(tensor: Tensor) -> Tensor:
-    """Some of its elements: 32 side by side in each of 8 places, since single ones come from memory one by one."""
-    flat = tensor.reshape(-1)
-    return flat[: flat.numel() // 8 * 8].view(8, -1)[:, :32]
+    """Up to 32 elements side by side in each of 8 places, since single ones come from memory one by one."""
+    apart = tensor.numel() // 8
+    if tensor.is_contiguous():
+        return tensor.as_strided((8, min(32, apart)), (apart, 1))
+    return tensor.reshape(-1)[: apart * 8].view(8, -1)[:, :32]
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
