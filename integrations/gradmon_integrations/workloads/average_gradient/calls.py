@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gradmon_integrations.workloads.average_gradient.midpoint import Midpoint
 from gradmon_integrations.workloads.average_gradient.slopes import NEAR, Form, resting, secant
 
+
 class Call:
     """One call of a watched function.
 

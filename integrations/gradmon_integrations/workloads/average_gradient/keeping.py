@@ -29,46 +29,34 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer, most: int) -> None:
         self._optimizer, self._most = optimizer, most
+        self._states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
+        self._others: dict[Any, Any] = {}
+        self._held: list[Any] = []
+        self._values: list[Any] = []
+        self._constant = False
         self._tensors: list[Tensor] = []
-        self._pointers: list[list[int]] = []
+        self._sorted: list[Tensor] = []
         self._small: list[list[Tensor]] = []
         self._flat: list[list[Tensor]] = []
+        self._pointers: list[list[int]] = []
         self._large: list[Tensor] = []
         self._spare: list[Tensor] = []
         self._joined: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
-        self._states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
-        self._others: dict[Any, Any] = {}
         self._whole = True
 
     def keep(self) -> None:
         """Copy the state as it is now."""
-        states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
-        others: dict[Any, Any] = {}
-        tensors: list[Tensor] = []
-        odd: list[tuple[dict[Any, Any], Any]] = []
-        for key, held in self._optimizer.state.items():
-            if not isinstance(held, dict):
-                others[key] = held
-                continue
-            kept = held.copy()
-            states.append((key, held, kept))
-            for name, value in kept.items():
-                if isinstance(value, Tensor):
-                    tensors.append(value)
-                elif not isinstance(value, _PLAIN):
-                    odd.append((kept, name))
-        if not self._known(tensors):
-            self._sort(tensors)
+        if not self._is_known():
+            self._look()
+        if not self._in_place():
+            self._sort()
         if not self._whole:
             return
         self._groups = [
             {name: _copied(value) for name, value in group.items() if name != "params"}
             for group in self._optimizer.param_groups
         ]
-        for kept, name in odd:
-            kept[name] = copy.deepcopy(kept[name])
-        self._states, self._others = states, copy.deepcopy(others)
         self._joined = [torch.cat(many) for many in self._flat]
         for number, value in enumerate(self._large):
             if self._spare[number].shape == value.shape and value.layout == torch.strided:
@@ -76,18 +64,45 @@ class OptimizerState:
             else:
                 self._spare[number] = value.detach().clone()
 
-    def _known(self, tensors: list[Tensor]) -> bool:
-        """Whether they are those that were sorted last, and their data are where they were."""
-        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+    def _is_known(self) -> bool:
+        """Whether the state consists of the very objects that it did last time, and all that can change are tensors."""
+        state = self._optimizer.state
+        if not self._constant or len(state) != len(self._held) or not all(map(is_, state.values(), self._held)):
+            return False
+        values = [value for held in self._held for value in held.values()]
+        return len(values) == len(self._values) and all(map(is_, values, self._values))
+
+    def _look(self) -> None:
+        """Take up what the state consists of, but for what tensors contain."""
+        state = self._optimizer.state
+        others = {key: held for key, held in state.items() if not isinstance(held, dict)}
+        self._others, self._constant = copy.deepcopy(others), not others
+        self._states, self._held, self._values, self._tensors = [], list(state.values()), [], []
+        for key, held in state.items():
+            if key in others:
+                continue
+            kept = held.copy()
+            self._states.append((key, held, kept))
+            self._values += kept.values()
+            for name, value in kept.items():
+                if isinstance(value, Tensor):
+                    self._tensors.append(value)
+                elif not isinstance(value, _PLAIN):
+                    kept[name] = copy.deepcopy(value)
+                    self._constant = False
+
+    def _in_place(self) -> bool:
+        """Whether all tensors are those that were sorted last, and the data of small ones are where they were."""
+        if len(self._tensors) != len(self._sorted) or not all(map(is_, self._tensors, self._sorted)):
             return False
         return [list(map(Tensor.data_ptr, many)) for many in self._small] == self._pointers
 
-    def _sort(self, tensors: list[Tensor]) -> None:
+    def _sort(self) -> None:
         """Look at tensors that are new: small ones are copied together."""
-        self._tensors, self._large, self._spare = tensors, [], []
-        self._whole = sum(tensor.nbytes for tensor in tensors) <= self._most
+        self._sorted, self._large, self._spare = self._tensors, [], []
+        self._whole = sum(tensor.nbytes for tensor in self._tensors) <= self._most
         small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in tensors if self._whole else ():
+        for tensor in self._tensors if self._whole else ():
             if type(tensor) is Tensor and _lies_together(tensor):
                 small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
             else:

@@ -64,9 +64,9 @@ class AverageGradient(Optimizer):
     whichever call, weights, random states, buffers and the base's state are put back, and there are no gradients; a
     base's state of more than `undo` bytes is not, and the exception says so.
 
-    Beside what the base optimizer takes, a step holds two more copies of the weights, of which one is kept from step to
-    step, and the inputs, outputs and slopes of the nonlinearities. With more than 2 iterations the other one is kept,
-    too, up to 64 MiB.
+    Beside what the base optimizer takes, one more copy of the weights is kept from step to step, and a step holds the
+    inputs, outputs and slopes of the nonlinearities. With more than 2 iterations it holds a second copy, which is kept
+    up to 64 MiB. The average gradient of large weights is used up layer by layer, and never there as a whole.
 
     After the step `grad` holds what the base optimizer left there, the ordinary gradient; what it held before is
     replaced, so there is no need for `zero_grad`. Gradients of other leaves, such as another optimizer's parameters,
@@ -292,7 +292,7 @@ class AverageGradient(Optimizer):
         self, averaging: Averaging, candidate: Candidate, active: Sequence[Tensor], origin: Sequence[Tensor]
     ) -> None:
         """From the base's candidate, which is in place, to the weights after the step, which are then."""
-        losses = list[Tensor]()
+        losses, point = list[Tensor](), origin
         for left in range(self.iterations - 2, -1, -1):
             losses.append(averaging.replay())
             place(active, origin)

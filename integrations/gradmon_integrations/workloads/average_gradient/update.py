@@ -155,9 +155,12 @@ class Candidate:
         Args:
             average: The average gradient, one tensor per parameter; those of large ones are not looked at.
         """
+        found = list(average)
+        for place in self._ascending:
+            found[place] = -found[place]
         for block in self._blocks:
-            signs = [-average[place] if place in self._ascending else average[place] for place in block.places]
-            signed_step(block.before, block.after, block.signs, flattened(signs), block.reached)
+            signs = joined([found[place] for place in block.places])
+            signed_step(block.before, block.after, block.signs, signs, block.reached)
 
     def forget(self) -> None:
         """Let go of what `aim` gave, if it is much, so that there is room for other things."""

@@ -98,8 +98,9 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass a call on, and tell of it if it is one to watch."""
-        kwargs = kwargs or {}
-        if kwargs.get("out") is not None:
+        if kwargs is None:
+            kwargs = {}
+        elif kwargs.get("out") is not None:
             return func(*args, **kwargs)
         form = self._watched.get(func)
         if form is None:
