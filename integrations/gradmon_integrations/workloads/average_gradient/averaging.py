@@ -16,6 +16,9 @@ from gradmon_integrations.workloads.average_gradient.secants import Secants
 from gradmon_integrations.workloads.average_gradient.update import Candidate
 from gradmon_integrations.workloads.average_gradient.watching import Table, Watch
 
+_HUGE = 1 << 17
+"""Parameters of more elements are huge: seeing their gradients come costs less than holding them all."""
+
 
 class Averaging:
     """A loss with its graph, and the closure that it came from.
@@ -101,13 +104,15 @@ class Averaging:
         return list(torch.autograd.grad(self.loss, parameters, retain_graph=not last))
 
     def take_gradient(self, parameters: Sequence[Tensor], candidate: Candidate, *, last: bool) -> None:
-        """Hand the gradient to a candidate, large parameters' one by one, so that it is never there as a whole.
+        """Hand the gradient to a candidate.
 
         Args:
             parameters: As for `gradient`.
-            candidate: Takes it up.
-            last: As for `gradient`.
+            candidate: Takes it up. Unless it is the last, it is given those of huge parameters one by one as they are
+                found, so that they are never there together, and their memory, just used, serves the next.
+            last: Whether the graph is not needed any more, and neither are the weights before the step.
         """
+        places = [place for place in candidate.large if not last and parameters[place].numel() > _HUGE]
         zeros: dict[Any, Tensor] = {}
 
         def take(gradient: Tensor, place: int) -> Tensor:
@@ -118,12 +123,16 @@ class Averaging:
             return zeros[kind].expand(gradient.shape)
 
         # Behind the hooks of others, which may change the gradients.
-        handles = [parameters[place].register_hook(partial(take, place=place)) for place in candidate.large]
+        handles = [parameters[place].register_hook(partial(take, place=place)) for place in places]
         try:
-            candidate.take_small(self.gradient(parameters, last=last))
+            gradients = self.gradient(parameters, last=last)
         finally:
             for handle in handles:
                 handle.remove()
+        candidate.take_small(gradients)
+        for place in sorted(set(candidate.large) - set(places), reverse=True):
+            candidate.take(place, gradients[place])
+            gradients[place] = gradients[place].new_empty(0)
 
 
 def place(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:

@@ -296,9 +296,10 @@ class AverageGradient(Optimizer):
         for left in range(self.iterations - 2, -1, -1):
             losses.append(averaging.replay())
             place(active, origin)
-            point = candidate.aim(origin, last=left == 0)
-            averaging.take_gradient(active, candidate, last=left == 0)
-            if left or self.measure:
+            last = not (left or self.measure)
+            point = candidate.aim(origin, last=last)
+            averaging.take_gradient(active, candidate, last=last)
+            if not last:
                 place(active, point)
         if self.measure:
             losses.append(averaging.replay())

@@ -124,16 +124,19 @@ class Candidate:
 
         Args:
             before: w, one tensor per parameter.
-            last: Whether w' is not needed any more.
+            last: Whether w may be written to, as the weights after this step are those that are kept.
 
         Returns:
-            Where that step will lead, one tensor per parameter: until the next call, or `forget`.
+            Where that step will lead, one tensor per parameter: until the next call, or `forget`. Large ones are w
+            itself if it may be written to.
         """
         reached = list(self._reached)
+        if last:
+            self.forget()
         for place in self.large:
             if not last and place not in self._spare:
                 self._spare[place] = torch.empty_like(before[place])
-            reached[place] = self.values[place] if last else self._spare[place]
+            reached[place] = before[place] if last else self._spare[place]
         self._aims = before, reached
         return reached
 
@@ -170,22 +173,21 @@ class Candidate:
 
     def _signed_in_parts(self, *tensors: Tensor) -> None:
         """`signed_step` of a large tensor, some elements at a time; at once where its tensors do not lie alike."""
-        if tensors[0].device.type != "cpu" or not all(tensor.is_contiguous() for tensor in tensors):
+        if not tensors[0].is_cpu or not all(tensor.is_contiguous() for tensor in tensors):
             before, after, gradient, average, out = tensors
             signed_step(before, after, gradient, average, out)
             return
-        dtype, size = tensors[0].dtype, tensors[0].numel()
+        dtype = tensors[0].dtype
         if dtype not in self._rooms:
             self._rooms[dtype] = [torch.empty(_CHUNK, dtype=dtype) for _ in range(3)]
-        rooms, flat = self._rooms[dtype], [tensor.view(-1) for tensor in tensors]
-        if size < _CHUNK:
-            rooms = [room[:size] for room in rooms]
-        if size <= _CHUNK:
-            before, after, gradient, average, out = flat
-            signed_step(before, after, gradient, average, out, rooms)
-            return
-        for before, after, gradient, average, out in zip(*(tensor.split(_CHUNK) for tensor in flat), strict=True):
-            some = rooms if before.numel() == _CHUNK else [room[: before.numel()] for room in rooms]
+        rooms, written = self._rooms[dtype], tensors[0] is tensors[4]
+        for before, after, gradient, average, out in zip(
+            *(tensor.view(-1).split(_CHUNK) for tensor in tensors), strict=True
+        ):
+            size = before.numel()
+            some = [room if size == _CHUNK else room[:size] for room in rooms]
+            if not written:
+                some[1] = out  # it has room for what leads to it
             signed_step(before, after, gradient, average, out, some)
 
 
@@ -246,8 +248,10 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Write many tensors into others of their shapes."""
-    cast("Any", torch)._foreach_copy_(targets, sources)
+    """Write many tensors into others of their shapes, but for those that are the same."""
+    pairs = [(target, source) for target, source in zip(targets, sources, strict=True) if target is not source]
+    if pairs:
+        cast("Any", torch)._foreach_copy_(*zip(*pairs, strict=True))
 
 
 def _together(tensors: Sequence[Tensor]) -> list[list[int]]:
