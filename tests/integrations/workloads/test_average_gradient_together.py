@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from gradmon_integrations.workloads.average_gradient import AverageGradient, update
+from gradmon_integrations.workloads.average_gradient import AverageGradient, averaging, update
 from gradmon_integrations.workloads.average_gradient.calls import Call
 from gradmon_integrations.workloads.average_gradient.secants import Secants
 from gradmon_integrations.workloads.average_gradient.slopes import Form, secant
@@ -116,14 +116,37 @@ def test_weights_are_the_same_whether_they_are_stepped_together_in_parts_or_with
     iterations: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
-    for small, part, kept in ((1 << 14, 1 << 16, 1 << 26), (0, 1 << 10, 0), (1 << 30, 1 << 16, 0)):
+    for small, part, kept, huge in (
+        (1 << 14, 1 << 16, 1 << 26, 1 << 30),
+        (0, 1 << 10, 0, 1 << 8),
+        (1 << 30, 1 << 16, 0, 0),
+    ):
         monkeypatch.setattr(update, "SMALL", small)
         monkeypatch.setattr(update, "_CHUNK", part)
         monkeypatch.setattr(update, "KEPT", kept)
+        monkeypatch.setattr(averaging, "_HUGE", huge)
         model = wide(190)
         found.append(trained(model, model, iterations=iterations, **options))
+        assert not any(parameter._backward_hooks for parameter in model.parameters())
     assert_same(found[0], found[1])
     assert_same(found[0], found[2])
+
+
+def test_gradients_of_huge_weights_are_never_there_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "SMALL", 0)
+    monkeypatch.setattr(averaging, "_HUGE", 100)
+    model, found = wide(190), list[tuple[bool, int]]()
+    gradient = averaging.Averaging.gradient
+
+    def watched(self: averaging.Averaging, parameters: Sequence[Tensor], *, last: bool) -> list[Tensor]:
+        gradients = gradient(self, parameters, last=last)
+        found.append((last, sum(each.untyped_storage().nbytes() for each in gradients if each.numel() > 100)))
+        return gradients
+
+    monkeypatch.setattr(averaging.Averaging, "gradient", watched)
+    trained(model, model, iterations=4, steps=1)
+    huge = [parameter for parameter in model.parameters() if parameter.numel() > 100]
+    assert found == [(False, 4 * len(huge)), (False, 4 * len(huge)), (True, sum(each.nbytes for each in huge))]
 
 
 @pytest.mark.parametrize("what", ["input", "output"])
