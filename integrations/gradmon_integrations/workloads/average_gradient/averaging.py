@@ -109,8 +109,9 @@ class Averaging:
         Args:
             parameters: As for `gradient`.
             candidate: Takes it up. Unless it is the last, it is given those of huge parameters one by one as they are
-                found, so that they are never there together, and their memory, just used, serves the next.
-            last: Whether the graph is not needed any more, and neither are the weights before the step.
+                found, so that they are never there together, and their memory, just used, serves the next. The last
+                one it may write over the weights, and so only when the whole pass is over.
+            last: As for `gradient`.
         """
         places = [place for place in candidate.large if not last and parameters[place].numel() > _HUGE]
         zeros: dict[Any, Tensor] = {}

@@ -296,10 +296,10 @@ class AverageGradient(Optimizer):
         for left in range(self.iterations - 2, -1, -1):
             losses.append(averaging.replay())
             place(active, origin)
-            last = not (left or self.measure)
-            point = candidate.aim(origin, last=last)
-            averaging.take_gradient(active, candidate, last=last)
-            if not last:
+            final = not (left or self.measure)
+            point = candidate.aim(origin, last=final)
+            averaging.take_gradient(active, candidate, last=left == 0)
+            if not final:
                 place(active, point)
         if self.measure:
             losses.append(averaging.replay())
