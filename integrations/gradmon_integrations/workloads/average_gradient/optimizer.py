@@ -20,7 +20,7 @@ from gradmon_integrations.workloads.average_gradient.randomness import RandomSta
 from gradmon_integrations.workloads.average_gradient.recording import Recorder
 from gradmon_integrations.workloads.average_gradient.secants import Secants
 from gradmon_integrations.workloads.average_gradient.slopes import FUNCTIONS, Function, Slope, is_seen
-from gradmon_integrations.workloads.average_gradient.update import Candidate, copy_all
+from gradmon_integrations.workloads.average_gradient.update import Candidate, copy_all, descends
 from gradmon_integrations.workloads.average_gradient.watching import Table, Watch
 
 Closure = Callable[[], Tensor]
@@ -258,13 +258,13 @@ class AverageGradient(Optimizer):
             if candidate is None or not candidate.fits(active):
                 candidate = self._candidate = Candidate(active)
             origin = [parameter.data for parameter in active]
-            ascending = self._ascending(active)
+            ascending, descending = self._ascending(active), descends(self.base)
             # Behind the hooks of others, which may change the gradients, and before the base, which may, too.
             note = self.base.register_step_pre_hook(
                 lambda *_: candidate.note([parameter.grad for parameter in active], ascending)
             )
             try:
-                candidate.begin(origin)
+                candidate.begin(origin, descending=descending)
                 place(active, candidate.values)
                 # The graph still needs these parameters, and will find them as they were.
                 with cast("Any", torch.autograd)._unsafe_preserve_version_counter(tuple(active)):
