@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tests.zoo import Problem, get_input, set_input
+from tests.zoo.problem import Problem, get_input, set_input
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Vectors = Sequence[np.ndarray]

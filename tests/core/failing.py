@@ -8,7 +8,8 @@ from torch import nn
 
 from gradmon import Monitor, every
 from gradmon.sinks import MemorySink
-from tests import references, zoo
+from tests import references
+from tests.zoo.problem import averaged_problem
 
 SIZE, STEPS, MEMORY = 6, 5, 1 << 20
 
@@ -103,7 +104,10 @@ class Run:
             for p in model.parameters():
                 p.copy_(torch.from_numpy(w[start : start + p.numel()]).reshape(p.shape))
                 start += p.numel()
-        h, H = references.batch_gradient(model, mse, chi), references.shares(zoo.averaged_problem(model, mse, chi))
+        h, H = (
+            references.batch_gradient(model, mse, chi),
+            references.shares(averaged_problem(model, mse, chi)),
+        )
         h_step = references.gradient_at(model, mse, chi, moved)
         found = {
             "loss": float(mse(model, chi).detach()),

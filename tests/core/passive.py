@@ -16,7 +16,8 @@ from torch.nn import functional as F  # noqa: N812
 import gradmon
 from gradmon import Monitor, every
 from gradmon.per_example import Listener
-from tests import references, zoo
+from tests import references
+from tests.zoo.problem import averaged_problem
 
 NAMES = ["gradient_rank", "gradient_confusion", "gradient_diversity", "gradient_coherence"]
 NAMES += ["noise_scale", "noise_ratio", "gradient_snr"]
@@ -190,7 +191,7 @@ def shares(model, batch, loss=mse):
         twin.load_state_dict(model.state_dict())
         for one, other in zip(twin.parameters(), model.parameters(), strict=True):
             one.requires_grad_(other.requires_grad)
-    return references.shares(zoo.averaged_problem(twin, loss, batch))
+    return references.shares(averaged_problem(twin, loss, batch))
 
 
 def ordinary_step(model, optimizer, monitor, batch, loss=mse):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from tests import references, zoo
+from tests import references
 from tests.core.passive import data, mlp, mse, shares
 from tests.core.passive_scenes import Scene, plain, scene
-from tests.zoo import net, normal
+from tests.zoo.problem import classify, net, normal
 
 
 def sparse_embedding():
@@ -23,7 +23,7 @@ def sparse_embedding():
     twin = copy.deepcopy(model)
     twin.embed.sparse = False
     batch = (torch.randint(5, (6, 3)), torch.randint(3, (6,)))
-    return Scene(model, batch, plain(zoo.classify), shares(twin, batch, zoo.classify), zoo.classify)
+    return Scene(model, batch, plain(classify), shares(twin, batch, classify), classify)
 
 
 def bag_of_offsets():
@@ -39,7 +39,7 @@ def bag_of_offsets():
         grads = torch.autograd.grad(value, list(model.parameters()))
         rows.append(torch.cat([grad.reshape(-1) for grad in grads]).numpy())
     batch = (torch.cat(tokens), torch.tensor([0, 3, 4, 6]), labels)
-    return Scene(model, batch, plain(zoo.classify), np.stack(rows), zoo.classify)
+    return Scene(model, batch, plain(classify), np.stack(rows), classify)
 
 
 def embedding_of_bounded_norm():
@@ -47,7 +47,7 @@ def embedding_of_bounded_norm():
     model = net(
         lambda m, t: m.head(m.embed(t).flatten(1)), embed=nn.Embedding(5, 2, max_norm=0.5), head=nn.Linear(6, 3)
     )
-    return scene(model.double(), zoo.classify, (torch.randint(5, (6, 3)), torch.randint(3, (6,))))
+    return scene(model.double(), classify, (torch.randint(5, (6, 3)), torch.randint(3, (6,))))
 
 
 def penalty_outside():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from tests.core.passive import data, mlp, mse, shares
-from tests.zoo import net
+from tests.zoo.problem import net
 
 
 class Scene(NamedTuple):

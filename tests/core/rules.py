@@ -17,8 +17,8 @@ from gradmon.per_example.convolution import Convolution, Windows
 from gradmon.per_example.forms import Dense, Lazy, Outer, Relocated
 from gradmon.per_example.lookup import Lookup
 from gradmon.per_example.scratch import Scratch
-from tests import references, zoo
-from tests.zoo import Net, net, normal
+from tests import references
+from tests.zoo.problem import Net, averaged_problem, net, normal
 
 SIZE = 4
 TIGHT = 1e-11
@@ -205,7 +205,7 @@ def problem_of(build):
         inputs = tuple(x.double() if x.is_floating_point() else x for x in made.inputs)
         width = model(*inputs).flatten(1).shape[1]
         batch = (*inputs, torch.randn(len(inputs[0]), width).double())
-    return zoo.averaged_problem(model, summed, batch), made.own
+    return averaged_problem(model, summed, batch), made.own
 
 
 @functools.cache

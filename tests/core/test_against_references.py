@@ -11,6 +11,7 @@ from gradmon._batches import map_tensors
 from gradmon.perturbations import inputs as input_samplers
 from gradmon.perturbations import weights as weight_samplers
 from tests import references, zoo
+from tests.zoo.problem import get_input
 
 TIGHT = 1e-9
 NAMES = [case.name for case in zoo.CASES]
@@ -183,7 +184,7 @@ def test_input_condition(case, problem):
 
 def _input_shape(problem):
     if problem.input_path is not None:
-        return tuple(zoo.get_input(problem.batch, problem.input_path).shape)
+        return tuple(get_input(problem.batch, problem.input_path).shape)
     seen = []
     module = problem.model.get_submodule(problem.input_module)
     handle = module.register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))

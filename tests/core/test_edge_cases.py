@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 import gradmon
 from gradmon.perturbations import weights as weight_samplers
 from tests import references
-from tests.zoo import net, normal
+from tests.zoo.problem import net, normal
 
 EXAMPLES = (
     "gradient_rank",

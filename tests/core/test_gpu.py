@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 import gradmon
 from gradmon.per_example import Listener
 from tests import zoo
+from tests.zoo.problem import mapped
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ pytestmark = [
 
 
 def moved(value, device):
-    return zoo._map(value, lambda tensor: tensor.to(device))
+    return mapped(value, lambda tensor: tensor.to(device))
 
 
 @pytest.mark.parametrize("case", [case for case in zoo.CASES if not case.values], ids=lambda case: case.name)

@@ -11,7 +11,7 @@ import gradmon
 from gradmon._tensors import symmetric
 from tests import references
 from tests.core.passive import accumulated_shares, listened
-from tests.zoo import net
+from tests.zoo.problem import net
 
 # --- half of a symmetric product -----------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ import gradmon
 from gradmon import Monitor, every
 from gradmon.metrics import OWN
 from gradmon.sinks import MemorySink
-from tests import references, zoo
+from tests import references
 from tests.core.monitored import SIZE, by_step, data, mlp, mse, train, with_closure
+from tests.zoo.problem import averaged_problem
 
 EXAMPLES = ["gradient_rank", "gradient_confusion", "gradient_diversity", "gradient_coherence"]
 EXAMPLES += ["noise_scale", "noise_ratio", "gradient_snr"]
@@ -34,7 +35,7 @@ def over_examples(H, *, kept=None, sampled=None, factors=None, parts=SIZE):
 
 
 def own_shares(model, batch):
-    return references.shares(zoo.averaged_problem(model, mse, batch))
+    return references.shares(averaged_problem(model, mse, batch))
 
 
 def test_passive():
@@ -64,7 +65,7 @@ def test_passive():
 def test_passive_with_all_metrics_has_the_input_gradients_too():
     model, (batch,) = mlp(), data(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    G = references.input_gradients(zoo.averaged_problem(copy.deepcopy(model), mse, batch))
+    G = references.input_gradients(averaged_problem(copy.deepcopy(model), mse, batch))
     default = Monitor(model, optimizer, schedule=every(1))
     everything = Monitor(model, optimizer, metrics="all", schedule=every(1))
     named = Monitor(model, optimizer, metrics=["input_gradient_rank"], schedule=every(1))

@@ -13,7 +13,6 @@ from torch.nn import functional as F  # noqa: N812
 
 import gradmon
 from gradmon import every
-from tests import zoo
 from tests.core.passive import (
     NAMES,
     assert_right,
@@ -30,7 +29,7 @@ from tests.core.passive import (
     shares,
     watching,
 )
-from tests.zoo import net, normal
+from tests.zoo.problem import classify, net, normal
 
 # --- what happens in between ---------------------------------------------------------------------------------------
 
@@ -425,7 +424,7 @@ def test_coverage_names_the_way_of_every_parameter():
     optimizer = sgd(model)
     monitor = watching(model, optimizer)
     batch = (torch.randn(4, 1, 3, 3).double(), torch.randint(5, (4,)), torch.randint(3, (4,)))
-    ordinary_step(model, optimizer, monitor, batch, zoo.classify)
+    ordinary_step(model, optimizer, monitor, batch, classify)
     ways = monitor.coverage
     assert set(ways) == {name for name, p in model.named_parameters() if p.requires_grad}
     assert ways["conv.weight"] == "conv2d"

@@ -19,7 +19,7 @@ from tests.core.passive import (
     shares,
     watching,
 )
-from tests.zoo import net
+from tests.zoo.problem import net
 
 
 def time_first():

@@ -34,7 +34,7 @@ from tests.core.passive import (
     truth,
     watching,
 )
-from tests.zoo import net, normal
+from tests.zoo.problem import mapped, net, normal
 
 # --- bounded memory ------------------------------------------------------------------------------------------------
 
@@ -70,7 +70,15 @@ def test_accumulation_that_does_not_fit_into_memory_says_so(max_memory):
 
 
 @pytest.mark.parametrize("max_memory", [1, 1000])
-@by_name([zoo.mlp_tanh, zoo.cnn_group_norm, zoo.transformer_encoder, zoo.tied_language_model, zoo.embedding_bag])
+@by_name(
+    [
+        zoo.plain.mlp_tanh,
+        zoo.plain.cnn_group_norm,
+        zoo.sequences.transformer_encoder,
+        zoo.sequences.tied_language_model,
+        zoo.sequences.embedding_bag,
+    ]
+)
 def test_one_backward_pass_is_right_in_little_memory(case, max_memory):
     problem = case.make(0, torch.float64)
     H = truth(case)
@@ -149,7 +157,7 @@ def test_penalty_that_begins_in_mid_run_is_found_out(make, which):
 def memory_of(tree):
     """References, which keep nothing alive, to the memory behind the tensors of a nesting."""
     found = []
-    zoo._map(tree, lambda t: found.append(t) or t) if isinstance(tree, Tensor | tuple | list | dict) else None
+    mapped(tree, lambda t: found.append(t) or t) if isinstance(tree, Tensor | tuple | list | dict) else None
     return {t.untyped_storage()._cdata: StorageWeakRef(t.untyped_storage()) for t in found if t.layout == torch.strided}
 
 
@@ -173,10 +181,34 @@ class Activations:
         return sum(not ref.expired() for ref in self._seen)
 
 
-LET_GO = [zoo.mlp_relu_inplace, zoo.cnn_group_norm, zoo.conv_transpose, zoo.transformer_encoder, zoo.embedding_bag]
-LET_GO += [zoo.tied_language_model, zoo.module_used_twice, zoo.weight_norm, zoo.functional_parameters, zoo.checkpointed]
-LET_GO += [zoo.lstm_bidirectional, zoo.prelu, zoo.batch_norm_cnn, zoo.in_place_after_layers, zoo.named_tuple_batch]
-LET_GO += [zoo.penalty, zoo.frozen_parameters, zoo.gradient_penalty, zoo.recurrent_cells, zoo.dropout_transformer]
+LET_GO = [
+    zoo.plain.mlp_relu_inplace,
+    zoo.plain.cnn_group_norm,
+    zoo.plain.conv_transpose,
+    zoo.sequences.transformer_encoder,
+    zoo.sequences.embedding_bag,
+]
+LET_GO += [
+    zoo.sequences.tied_language_model,
+    zoo.parameters.module_used_twice,
+    zoo.parameters.weight_norm,
+    zoo.parameters.functional_parameters,
+    zoo.parameters.checkpointed,
+]
+LET_GO += [
+    zoo.sequences.lstm_bidirectional,
+    zoo.plain.prelu,
+    zoo.interacting.batch_norm_cnn,
+    zoo.again.in_place_after_layers,
+    zoo.losses.named_tuple_batch,
+]
+LET_GO += [
+    zoo.losses.penalty,
+    zoo.parameters.frozen_parameters,
+    zoo.hard.gradient_penalty,
+    zoo.hard.recurrent_cells,
+    zoo.dropout.dropout_transformer,
+]
 
 
 @by_name(LET_GO)

@@ -31,6 +31,7 @@ from tests.core.passive import (
     truth,
     watching,
 )
+from tests.zoo.problem import mapped
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 
@@ -97,7 +98,7 @@ def test_input_gradient_rank_is_that_of_the_active_mode(case):
     optimizer = sgd(problem.model)
     monitor = watching(problem.model, optimizer, metrics=["input_gradient_rank"], input_module=module)
     tensors = []
-    zoo._map(problem.batch, lambda t: tensors.append((t, t._version)) or t)
+    mapped(problem.batch, lambda t: tensors.append((t, t._version)) or t)
     backward(problem)
     optimizer.step()
     monitor.step(problem.batch)
@@ -185,7 +186,7 @@ def trained(case, optimizer_name, monitored, metrics=NAMES):
     before, values = attached(problem.model), []
     monitor = watching(problem.model, optimizer, metrics=metrics) if monitored else None
     for step in range(6):
-        batch = zoo._map(problem.batch, lambda t, step=step: t.roll(step, 0))
+        batch = mapped(problem.batch, lambda t, step=step: t.roll(step, 0))
         optimizer.zero_grad(set_to_none=step % 2 == 0)
         value = reduced(problem, problem.loss(problem.model, batch))
         value.backward()
@@ -223,7 +224,7 @@ def test_training_is_the_same_to_the_last_bit(case, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@by_name([zoo.batch_norm_cnn, zoo.dropout_transformer, zoo.tied_language_model])
+@by_name([zoo.interacting.batch_norm_cnn, zoo.dropout.dropout_transformer, zoo.sequences.tied_language_model])
 def test_training_is_the_same_to_the_last_bit_with_every_optimizer_and_input_gradients(case, optimizer):
     metrics = [*NAMES, "input_gradient_rank", "grad_norm", "update_ratio"]
     assert_identical(trained(case, optimizer, True, metrics), trained(case, optimizer, False))

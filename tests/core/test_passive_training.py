@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from gradmon import Unavailable, every
 from gradmon.per_example import Listener
 from gradmon.sinks import MemorySink
-from tests import zoo
 from tests.core.passive import (
     NAMES,
     accumulated_shares,
@@ -30,7 +29,7 @@ from tests.core.passive import (
     shares,
     watching,
 )
-from tests.zoo import net
+from tests.zoo.problem import classify, net
 
 # --- ways to train, after each of which the numbers are right ------------------------------------------------------
 
@@ -53,7 +52,7 @@ def test_lengths_that_change_from_batch_to_batch():
     monitor = watching(model, optimizer)
     for length in (4, 7, 5, 1, 2):  # 5: as many as examples
         batch = (torch.randint(7, (5, length)), torch.randint(3, (5,)))
-        ordinary_step(model, optimizer, monitor, batch, zoo.classify)
+        ordinary_step(model, optimizer, monitor, batch, classify)
     assert not monitor.failures
 
 

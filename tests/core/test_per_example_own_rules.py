@@ -14,9 +14,9 @@ import gradmon
 from gradmon import Monitor, every
 from gradmon.per_example import RULES, Experience, Listener
 from gradmon.per_example.forms import Outer
-from tests import references, zoo
+from tests import references
 from tests.core.rules import CALLS, SIZE, by_hooks, call, close, image, problem_of, random, summed, truth
-from tests.zoo import net, normal
+from tests.zoo.problem import averaged_problem, net, normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 
@@ -66,7 +66,7 @@ def with_layers(function, *sizes, freeze=False):
         model.first.bias.requires_grad_(False)
     x = torch.randn(SIZE, *sizes, 3).double()
     width = model(x).flatten(1).shape[1]
-    return zoo.averaged_problem(model, summed, (x, torch.randn(SIZE, width).double()))
+    return averaged_problem(model, summed, (x, torch.randn(SIZE, width).double()))
 
 
 OWN = {
@@ -277,7 +277,7 @@ def test_rule_for_a_module_that_is_called_on_rows_picked_by_a_mask(which):
     model, x = RAGGED[which]().double(), random(6, 5, 3)
     for lengths in ([5] * 6, [4] * 6, [5, 5, 5, 4, 3, 2]):
         mask = torch.arange(5) < torch.tensor(lengths)[:, None]
-        problem = zoo.averaged_problem(model, per_example, (x, mask))
+        problem = averaged_problem(model, per_example, (x, mask))
         G = references.gram(references.shares(problem))
         with contextlib.suppress(gradmon.Unavailable):
             close(by_hooks(problem, rules, moments=False)[0].gram, G)

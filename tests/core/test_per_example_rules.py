@@ -59,7 +59,7 @@ def test_without_rules_there_are_two_slow_ways(function, build, way, monkeypatch
 
 @pytest.mark.parametrize("training", [False, True])
 def test_batch_norm_in_both_modes(training):
-    case = zoo.batch_norm_mlp if training else zoo.batch_norm_eval
+    case = zoo.interacting.batch_norm_mlp if training else zoo.plain.batch_norm_eval
     problem = case.make(0, torch.float64)
     H = references.shares(problem)
     found, coverage = by_hooks(problem)

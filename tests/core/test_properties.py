@@ -195,7 +195,7 @@ def test_a_mask_of_everything_is_no_mask(case):
 
 
 def test_masked_inner_products_are_unbiased():
-    problem = next(case for case in CASES if case.name == "regression").make()
+    problem = zoo.named("regression").make()
     arguments = (problem.model, problem.loss, problem.batch)
     full = gradmon.per_example_gram(*arguments)
     estimates = []
@@ -212,7 +212,7 @@ def test_masked_inner_products_are_unbiased():
 
 @pytest.mark.parametrize("name", ["gradient_coherence", "gradient_rank", "weight_condition", "step_ratio"])
 def test_masked_readings_scatter_around_the_full_one(name):
-    problem = next(case for case in CASES if case.name == "cnn_group_norm").make()
+    problem = zoo.named("cnn_group_norm").make()
     full = measured(problem, metrics=name, lr=0.1)[name].value
     found = [measured(problem, metrics=name, lr=0.1, mask=0.5, seed=seed)[name].value for seed in range(40)]
     assert np.std(found) > 0

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests import references, zoo
+from tests.zoo.problem import Problem, averaged_problem, get_input, regress, set_input
 
 SEED = 0
 BY_NAME = pytest.mark.parametrize("case", zoo.CASES, ids=lambda case: case.name)
@@ -60,7 +61,7 @@ def test_flags_tell_the_truth(case: zoo.Case) -> None:
     assert case.interacting == (problem.untied is not None) == (problem.example_loss is None)
     assert case.integer == (problem.input_module is not None) == (problem.input_path is None)
     if problem.input_path is not None:
-        x = zoo.get_input(problem.batch, problem.input_path)
+        x = get_input(problem.batch, problem.input_path)
         assert x.is_floating_point()
         assert len(x) == problem.size
 
@@ -129,7 +130,7 @@ def test_untied_network_with_equal_copies_is_the_network(case: zoo.Case) -> None
 
 
 def test_shares_of_batch_norm_are_what_reaches_an_examples_rows() -> None:
-    problem = zoo.batch_norm_mlp.make(SEED, torch.float64)
+    problem = zoo.interacting.batch_norm_mlp.make(SEED, torch.float64)
     first = problem.model[0]
     seen = {}
 
@@ -146,7 +147,7 @@ def test_shares_of_batch_norm_are_what_reaches_an_examples_rows() -> None:
 
 
 def test_shares_of_values_are_gradients_of_the_values() -> None:
-    for case, factor in ((zoo.values_mean, 1), (zoo.values_sum, 3)):
+    for case, factor in ((zoo.losses.values_mean, 1), (zoo.losses.values_sum, 3)):
         problem = case.make(SEED, torch.float64)
         H = references.shares(problem)
         for i in range(problem.size):
@@ -174,15 +175,15 @@ def test_dropout_gradients_follow_the_global_rng_and_leave_it_alone(case: zoo.Ca
 
 
 @pytest.fixture
-def least_squares() -> zoo.Problem:
+def least_squares() -> Problem:
     """`l_i = (w x_i - t_i)^2` with one output: h_i = 2 (w x_i - t_i) x_i, H = 2 X^T X / B."""
     generator = torch.Generator().manual_seed(SEED)
     model = nn.Linear(4, 1, bias=False, dtype=torch.float64)
     x, y = (torch.randn(5, n, generator=generator, dtype=torch.float64) for n in (4, 1))
-    return zoo.averaged_problem(model, zoo.regress, (x, y))
+    return averaged_problem(model, regress, (x, y))
 
 
-def test_model_references_on_least_squares(least_squares: zoo.Problem) -> None:
+def test_model_references_on_least_squares(least_squares: Problem) -> None:
     model, loss, batch = least_squares.model, least_squares.loss, least_squares.batch
     X, t = (part.numpy() for part in batch)
     w = references.flat_weights(model)
@@ -199,7 +200,7 @@ def test_model_references_on_least_squares(least_squares: zoo.Problem) -> None:
     assert relative(references.shifted_shares(least_squares, np.full(4, 0.5)), shifted) < 1e-13
 
 
-def test_input_condition_of_a_small_step_along_the_jacobian_is_its_norm(least_squares: zoo.Problem) -> None:
+def test_input_condition_of_a_small_step_along_the_jacobian_is_its_norm(least_squares: Problem) -> None:
     H, X = references.shares(least_squares), references.inputs(least_squares)
     values, deltas = [], []
     for i in range(5):
@@ -213,7 +214,7 @@ def test_input_condition_of_a_small_step_along_the_jacobian_is_its_norm(least_sq
 
 @pytest.mark.parametrize("name", ["embedding_padding", "tied_language_model", "nested_tuple_batch", "dict_batch"])
 def test_input_jacobian_is_the_limit_of_shifted_shares(name: str, rng: np.random.Generator) -> None:
-    problem = getattr(zoo, name).make(SEED, torch.float64)
+    problem = zoo.named(name).make(SEED, torch.float64)
     X, H = references.inputs(problem), references.shares(problem)
     assert relative(references.shifted_shares(problem, np.zeros(X.shape[1])), H) < 1e-14
     delta = 1e-6 * rng.standard_normal(X.shape)
@@ -228,14 +229,14 @@ def test_input_gradients_are_those_of_the_batch_loss(case: zoo.Case) -> None:
     G = references.input_gradients(problem)
     X = references.inputs(problem)
     assert G.shape == X.shape
-    if case is zoo.zero_initialised_head:
+    if case is zoo.plain.zero_initialised_head:
         assert not G.any()
         return
     assert np.linalg.norm(G) > 0
     if problem.input_path is None or case.interacting:
         return
-    x = zoo.get_input(problem.batch, problem.input_path).clone().requires_grad_()
-    value = problem.loss(problem.model, zoo.set_input(problem.batch, problem.input_path, x))
+    x = get_input(problem.batch, problem.input_path).clone().requires_grad_()
+    value = problem.loss(problem.model, set_input(problem.batch, problem.input_path, x))
     (value.sum() if problem.reduction == "sum" else value.mean()).backward()
     assert relative(G, problem.size * x.grad.numpy().reshape(G.shape)) < 1e-12
 
@@ -253,7 +254,7 @@ def test_hessian_is_the_slope_of_the_gradient(case: zoo.Case, rng: np.random.Gen
 
 
 def test_hessian_by_differences_is_the_hessian() -> None:
-    problem = zoo.pair_of_examples.make(SEED, torch.float64)
+    problem = zoo.losses.pair_of_examples.make(SEED, torch.float64)
     arguments = (problem.model, problem.loss, problem.batch)
     assert relative(references.hessian_by_differences(*arguments), references.hessian(*arguments)) < 1e-7
 
