@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import jinja2  # noqa: F401
     except ImportError as error:
-        message = f'The report needs jinja2 ({error}). To install it: pip install "gradmon[report]"'
+        message = f"The report needs jinja2 ({error}). To install it: pip install jinja2"
         raise GradmonError(message) from error
     from gradmon_integrations.report.page import render
 
