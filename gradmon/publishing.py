@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Alert, Reading
-from gradmon.alerts import Rule, default_rules
+from gradmon.alerts import CONTEXT, Rule, default_rules
 from gradmon.sinks import Background, EndAware, InfoAware, LogSink, RunAware, Sink, make_sink
 
 _LOG = logging.getLogger("gradmon")
@@ -163,8 +163,10 @@ class Publisher:
             return
         changes: list[Alert] = []
         for reading in readings:
+            self._readings[reading.name if reading.layer is None else f"{reading.name}/{reading.layer}"] = reading
+        # First what remedies speak of: they are to speak of this step.
+        for reading in sorted(readings, key=lambda reading: reading.name not in CONTEXT):
             whole = reading.layer is None
-            self._readings[reading.name if whole else f"{reading.name}/{reading.layer}"] = reading
             rules = self._listening.get((reading.name, whole))
             for rule in self._listeners(reading.name, whole) if rules is None else rules:
                 try:

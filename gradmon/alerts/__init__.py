@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradmon.alerts._rule import CONTEXT as CONTEXT
 from gradmon.alerts._rule import Rule as Rule
 from gradmon.alerts.course import DeadLayer as DeadLayer
 from gradmon.alerts.course import Rising as Rising

@@ -10,6 +10,7 @@ import torch
 
 from gradmon import ArgumentError, Monitor, Reading, every
 from gradmon.alerts import Above, DeadLayer, Drift, NonFinite, Outside, Rising, Stalled, default_rules
+from gradmon.publishing import Failures, Publisher
 from gradmon.sinks import LogSink, MemorySink
 
 
@@ -199,6 +200,21 @@ def test_a_remedy_of_ones_own():
     rule = Above("loss", 1.0, remedy=lambda reading, known: f"{reading.value} {sorted(known)}")
     rule(Reading("batch_size", 4.0))
     assert rule(Reading("loss", 2.0)).remedy == "2.0 ['batch_size']"
+
+
+def test_remedies_speak_of_the_step_that_raised_the_alert():
+    publisher = Publisher("default", Failures())
+    for step, (rate, destroyed) in enumerate([(0.5, 8.0), (0.1, 2.0)], 1):
+        numbers = {"learning_rate": rate, "weight_condition": 2e3, "step_ratio": destroyed}
+        publisher.publish([Reading(name, value, step) for name, value in numbers.items()])
+    remedies = {alert.rule: alert.remedy for alert in publisher.alerts}
+    assert remedies["ill_conditioned"].startswith(
+        "A step destroys 200 % of the gradient: lower the learning rate from 0.1"
+    )
+    assert remedies["step_too_long"].startswith(
+        "The step destroys 200 % of the gradient: lower the learning rate from 0.1"
+    )
+    assert list(publisher.readings) == ["learning_rate", "weight_condition", "step_ratio"]
 
 
 @pytest.mark.parametrize(
