@@ -147,7 +147,7 @@ class Monitor:
         self._watch: StepWatch | None = None
         self._lockstep: Lockstep | None = None
         self._disabled = self._closed = os.environ.get("GRADMON_DISABLED") == "1"
-        self._start = Start(preflight and not self._disabled, model, optimizer, loss, reduction)
+        self._start = Start(False if self._disabled else preflight, model, optimizer, loss, reduction)
         self._publisher = Publisher(None if self._disabled else self._start.rules(alerts), self.failures, on_alert)
         if self._disabled:
             return

@@ -44,12 +44,14 @@ class Start:
         found: The verdict; None before there is one.
 
     Raises:
-        ArgumentError: There is no optimizer, or no loss.
+        ArgumentError: `wanted` is neither True nor False, or there is no optimizer, or no loss.
     """
 
     def __init__(
         self, wanted: bool, model: nn.Module, optimizer: Optimizer | None, loss: Loss | None, reduction: Reduction
     ) -> None:
+        if not isinstance(wanted, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ArgumentError("preflight", "be True or False", repr(wanted))
         self.found: Preflight | None = None
         self._wanted = self._waits = wanted
         self._follows = False

@@ -60,10 +60,14 @@ class JsonlSink:
         """Write the run line.
 
         Raises:
+            ArgumentError: The file cannot be written, as on a full disk.
             GradmonError: The sink is closed.
         """
         self._head = None
-        self._append(_header(run, rank))
+        try:
+            self._append(_header(run, rank))
+        except OSError as error:
+            raise ArgumentError("path", f"be a file that can be written ({error.strerror})", self.path) from error
         self._head = (run, rank)
 
     def describe(self, info: Mapping[str, str | int | float | bool]) -> None:

@@ -231,6 +231,7 @@ WRONG = [
     ({"micro_batches": 1}, "`micro_batches` must be an integer of at least 2. Got 1"),
     ({"reduction": "none"}, '`reduction` must be "mean" or "sum". Got \'none\''),
     ({"layers": 1}, "`layers` must be True or False. Got 1"),
+    ({"preflight": "no"}, "`preflight` must be True or False. Got 'no'"),
     ({"optimizer": None, "metrics": ["step_ratio"]}, "`optimizer` must be given for `step_ratio`. Got None"),
 ]
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -244,6 +245,17 @@ def test_jsonl_unwritable(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match="`path` must be a file that can be written"):
         JsonlSink(tmp_path / "file" / "run.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_jsonl_on_a_full_disk():
+    sink = JsonlSink("/dev/full")
+    with pytest.raises(
+        ArgumentError, match=r"`path` must be a file that can be written \(No space left on device\)\. Got "
+    ):
+        sink.bind("x", 0)
+    with pytest.raises(OSError, match="No space left"):  # what is buffered
+        sink.close()
 
 
 @pytest.mark.parametrize(
