@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from gradmon import Monitor, every
-from gradmon_integrations.workloads.average_gradient import AverageGradient
-from gradmon_integrations.workloads.average_gradient.measurement import Measurement, relative_difference_metric
+from gradmon_integrations.workloads.average_gradient import AverageGradient, relative_difference_metric
+from gradmon_integrations.workloads.average_gradient.measurement import Measurement
 from tests.integrations.workloads.average_models import assert_same, batch, closure_of, state_of
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from gradmon import Monitor, Reading, every
 from gradmon._errors import ArgumentError
 from gradmon_integrations.workloads.guessers import (
+    STEP_COSINE,
     CosineMatched,
     DirectionalDescent,
     Downstream,
@@ -21,7 +22,7 @@ from gradmon_integrations.workloads.guessers import (
     WeightTranspose,
     estimate_gradient,
 )
-from gradmon_integrations.workloads.guessers.comparing import STEP_COSINE, true_gradient
+from gradmon_integrations.workloads.guessers.comparing import true_gradient
 
 Batch = tuple[Tensor, Tensor]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradmon_integrations.workloads.guessers.activation import ActivationPerturbation as ActivationPerturbation
+from gradmon_integrations.workloads.guessers.comparing import STEP_COSINE as STEP_COSINE
 from gradmon_integrations.workloads.guessers.directional import DirectionalDescent as DirectionalDescent
 from gradmon_integrations.workloads.guessers.downstream import Downstream as Downstream
 from gradmon_integrations.workloads.guessers.downstream import SingularPower as SingularPower
