@@ -34,6 +34,7 @@ class PerExampleResult:
         seen: Which of them are not zero for all examples, (k,), bool.
         epsilon: The relative rounding error of one number in the passes.
         resolution: The relative rounding error of an inner product of two gradients of norm 1.
+        missing: Why there are no means and variances, although they were wanted.
     """
 
     examples: int
@@ -44,6 +45,7 @@ class PerExampleResult:
     seen: Tensor | None
     epsilon: float
     resolution: float
+    missing: str | None = None
 
 
 class Collected:
@@ -255,10 +257,16 @@ class Collected:
             matrix = (matrix + matrix.T).mul_(examples**2 / 2)
         means: Tensor | None = None
         squares: Tensor | None = None
+        missing: str | None = None
         if moments:
-            pairs = [self._pair(position, groups, owner, examples) for position in range(len(weights.sizes))]
-            means = wide(torch.cat([pair.means for pair in pairs])).mul_(examples)
-            squares = wide(torch.cat([pair.squares for pair in pairs]))
+            try:
+                pairs = [self._pair(position, groups, owner, examples) for position in range(len(weights.sizes))]
+                means = wide(torch.cat([pair.means for pair in pairs])).mul_(examples)
+                squares = wide(torch.cat([pair.squares for pair in pairs]))
+            except Unavailable as error:  # which says nothing against inner products and rows
+                if not gram and not rows:
+                    raise
+                missing = error.reason
         kept: Tensor | None = None
         if rows:
             held = _held(weights)
@@ -281,6 +289,7 @@ class Collected:
             seen=None if means is None or squares is None else (squares > 0) | (means != 0),
             epsilon=max(self.epsilon, weights.epsilon),
             resolution=self.work_epsilon,
+            missing=missing,
         )
 
     def _reached(self) -> dict[int, set[int]]:

@@ -149,9 +149,16 @@ class PassiveProbe:
             Unavailable: It has shown nothing that can be trusted, on some rank.
             RankError: It failed on some rank.
         """
+
+        def collect() -> PerExampleResult:
+            own = self._listener.collect(batch)
+            if own.missing is not None:  # the ranks exchange all of it or nothing
+                raise Unavailable(own.missing)
+            return own
+
         own, heard = team.together(
             "passes",
-            lambda: self._listener.collect(batch),
+            collect,
             lambda own: {"examples": own.examples, "epsilon": own.epsilon, "resolution": own.resolution},
         )
         team.examples = [int(other["examples"]) for other in heard]

@@ -62,7 +62,7 @@ def moments_evidence(found: PerExampleResult) -> GradientMoments:
         Unavailable: They were not gathered.
     """
     if found.means is None or found.variances is None or found.seen is None:
-        raise Unavailable("the examples' gradients were not looked at")
+        raise Unavailable(found.missing or "the examples' gradients were not looked at")
     return GradientMoments(found.means, found.variances, found.seen, found.examples)
 
 

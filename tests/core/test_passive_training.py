@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from gradmon import Unavailable, every
 from gradmon.per_example import Listener
 from gradmon.sinks import MemorySink
+from tests import references
 from tests.core.passive import (
     NAMES,
     accumulated_shares,
@@ -183,6 +184,30 @@ def test_calls_that_hold_the_same_examples():
     batch = (x, x.flip(1).clone(), y[:, 0])
     found = listened(model, batch, lambda: siamese(model, batch).backward())
     assert_gram(found, shares(model, batch, siamese))
+
+
+def test_two_backward_passes_of_the_same_examples_leave_all_but_the_moments():
+    """Each pass gathers moments of its own part of an example's gradient; inner products add up over the parts."""
+    model, (batch,) = mlp(), data(4)
+    parts = (mse, lambda model, batch: model(batch[0]).square().mean())
+
+    def both():
+        for part in parts:
+            part(model, batch).backward()
+
+    H = shares(model, batch, lambda model, batch: sum(part(model, batch) for part in parts))
+    found = listened(model, batch, both)
+    assert_gram(found, H)
+    assert (found.means, found.variances, found.seen) == (None, None, None)
+    assert "several backward passes of the same examples" in found.missing
+    optimizer = sgd(model)
+    optimizer.zero_grad()
+    with watching(model, optimizer) as monitor:
+        both()
+        optimizer.step()
+        monitor.step(batch)
+    assert monitor.readings["noise_scale"].value == pytest.approx(references.noise_scale(H), rel=1e-9)
+    assert_silent(monitor.readings, "several backward passes of the same examples", ["gradient_snr"])
 
 
 @pytest.mark.parametrize("size", [3, 5, 7, 9])
