@@ -305,4 +305,7 @@ def entry_of(inputs: Sequence[Tensor], consumed: set[int], embeddings: Sequence[
     for call, origins in enumerate(embeddings):
         if origins <= whole:
             return Entry(embedding=call)
-    raise Unavailable("the batch holds no floating-point input, and no embedding consumes its integers")
+    seen = "the batch holds no floating-point input"
+    if any(tensor.is_floating_point() for tensor in inputs):
+        seen = "no call is seen that uses a floating-point tensor of the batch"
+    raise Unavailable(f"{seen}, and no embedding consumes its integers")

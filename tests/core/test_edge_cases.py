@@ -245,6 +245,16 @@ def test_integer_inputs_enter_at_the_embedding():
     assert all(reading.value > 0 for reading in found.values())
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit.script
+def test_inputs_of_calls_that_are_not_seen():
+    model = torch.jit.script(nn.Linear(3, 2))
+    found = measured(model, (torch.randn(4, 3), torch.randn(4, 2)), metrics=INPUTS)
+    for name, reason in reasons(found).items():
+        assert reason.startswith("no call is seen that uses a floating-point tensor of the batch, and no embedding"), (
+            name
+        )
+
+
 def test_integers_without_an_embedding_are_no_inputs():
     model = net(lambda m, i: m.head(F.one_hot(i, 5).to(m.head.weight)), head=nn.Linear(5, 3)).double()
     batch = (torch.tensor([0, 1, 4, 3]), torch.tensor([0, 1, 2, 0]))
