@@ -140,6 +140,8 @@ class Listener:
             hook = Hook(functools.partial(self._receive, position))
             self._handles.append(cast("Any", parameter).register_hook(hook))
         for module in modules:
+            if isinstance(module, torch.jit.RecursiveScriptModule):  # pyright: ignore[reportPrivateImportUsage]
+                continue  # it has no hooks
             self._handles.append(module.register_forward_pre_hook(Hook(self._enter), prepend=True, with_kwargs=True))
             self._handles.append(module.register_forward_hook(Hook(self._leave), always_call=True))
 

@@ -1,11 +1,12 @@
 """Where a listener has hooks: at first everywhere, then at the modules that the training calls from outside."""
 
 import pytest
+import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
-from gradmon import Unavailable
+from gradmon import Monitor, Unavailable, every
 from gradmon.per_example import Listener
 from tests.core.passive import assert_gram, data, mse, shares
 from tests.core.passive_scenes import plain
@@ -128,3 +129,18 @@ def test_part_that_is_called_from_outside_from_some_step_on(which):
         else:
             assert found
             assert names != [""]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("whole", [True, False])
+def test_torchscript_has_no_hooks(whole):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(5, 3).double()
+    model = torch.jit.script(model) if whole else nn.Sequential(model[0], torch.jit.script(nn.Linear(4, 4).double()))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, schedule=every(1)) as monitor:
+        model(x).square().mean().backward()
+        optimizer.step()
+        monitor.step(x)
+        assert monitor.failures == {}
+        assert monitor.readings["noise_scale"].reason.startswith("no ")
