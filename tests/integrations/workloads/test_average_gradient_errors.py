@@ -322,3 +322,59 @@ def test_a_state_that_is_too_large_to_be_copied_is_not_put_back_and_the_error_sa
     assert "The base optimizer's state has taken up the gradient" in caught.value.__notes__[0]
     assert_same(before, state_of(model))
     assert {int(held["step"]) for held in inner.state.values()} == {2}
+
+
+def failing_step(optimizer: AverageGradient, closure: Callable[[], Tensor]) -> None:
+    calls = iter([True, False])
+
+    def broken() -> Tensor:
+        if not next(calls):
+            raise RuntimeError("broken")
+        return closure()
+
+    with pytest.raises(RuntimeError, match="broken"):
+        optimizer.step(broken)
+
+
+def test_a_state_that_was_handed_to_another_parameter_is_put_back_there() -> None:
+    torch.manual_seed(0)
+    x, held = torch.randn(6, 5), [nn.Parameter(torch.randn(5, 4))]
+    base = torch.optim.SGD(held, lr=0.1, momentum=0.9)
+    optimizer = AverageGradient(base)
+
+    def loss() -> Tensor:
+        return torch.tanh(x @ held[0]).square().mean()
+
+    for _ in range(2):
+        optimizer.step(loss)
+    old = held[0]
+    held[0] = base.param_groups[0]["params"][0] = nn.Parameter(old.detach().clone())
+    base.state[held[0]] = base.state.pop(old)
+    momentum = base.state[held[0]]["momentum_buffer"].clone()
+    failing_step(optimizer, loss)
+    assert list(base.state) == held
+    assert torch.equal(base.state[held[0]]["momentum_buffer"], momentum)
+
+
+@pytest.mark.parametrize(
+    ("size", "change"), [(6, lambda data: data[:4]), (6, lambda data: data.T), (150, lambda data: data.double() / 3)]
+)
+def test_a_state_whose_data_is_another_view_or_of_another_type_is_put_back(
+    size: int, change: Callable[[Tensor], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    first, second = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.randn(size, 2))
+    base = torch.optim.SGD([first, second], lr=0.1, momentum=0.9)
+    optimizer = AverageGradient(base)
+
+    def loss() -> Tensor:
+        return torch.tanh(first).square().mean() + torch.tanh(second).mean()
+
+    for _ in range(2):
+        optimizer.step(loss)
+    held = [base.state[parameter]["momentum_buffer"] for parameter in (first, second)]
+    first.data, held[0].data = change(first.data), change(held[0].data)
+    before = [momentum.clone() for momentum in held]
+    failing_step(optimizer, loss)
+    for momentum, then in zip(held, before, strict=True):
+        assert torch.equal(momentum, then)

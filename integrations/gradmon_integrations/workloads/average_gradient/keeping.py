@@ -31,14 +31,13 @@ class OptimizerState:
         self._optimizer, self._most = optimizer, most
         self._states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
         self._others: dict[Any, Any] = {}
-        self._held: list[Any] = []
-        self._values: list[Any] = []
+        self._known: list[Any] = []
         self._constant = False
         self._tensors: list[Tensor] = []
         self._sorted: list[Tensor] = []
         self._small: list[list[Tensor]] = []
         self._flat: list[list[Tensor]] = []
-        self._pointers: list[list[int]] = []
+        self._seen: list[list[Tensor]] = []
         self._large: list[Tensor] = []
         self._spare: list[Tensor] = []
         self._joined: list[Tensor] = []
@@ -59,31 +58,39 @@ class OptimizerState:
         ]
         self._joined = [torch.cat(many) for many in self._flat]
         for number, value in enumerate(self._large):
-            if self._spare[number].shape == value.shape and value.layout == torch.strided:
-                self._spare[number].copy_(value.detach())
+            spare = self._spare[number]
+            if spare.shape == value.shape and spare.dtype == value.dtype and value.layout == torch.strided:
+                spare.copy_(value.detach())
             else:
                 self._spare[number] = value.detach().clone()
 
     def _is_known(self) -> bool:
         """Whether the state consists of the very objects that it did last time, and all that can change are tensors."""
-        state = self._optimizer.state
-        if not self._constant or len(state) != len(self._held) or not all(map(is_, state.values(), self._held)):
+        if not self._constant:
             return False
-        values = [value for held in self._held for value in held.values()]
-        return len(values) == len(self._values) and all(map(is_, values, self._values))
+        parts = self._parts()
+        return len(parts) == len(self._known) and all(map(is_, parts, self._known))
+
+    def _parts(self) -> list[Any]:
+        """The objects that the state consists of, and what they are kept under."""
+        state = self._optimizer.state
+        parts = [*state, *state.values()]
+        for held in state.values():
+            if isinstance(held, dict):
+                parts += [*held, *held.values()]
+        return parts
 
     def _look(self) -> None:
         """Take up what the state consists of, but for what tensors contain."""
         state = self._optimizer.state
         others = {key: held for key, held in state.items() if not isinstance(held, dict)}
         self._others, self._constant = copy.deepcopy(others), not others
-        self._states, self._held, self._values, self._tensors = [], list(state.values()), [], []
+        self._states, self._known, self._tensors = [], self._parts(), []
         for key, held in state.items():
             if key in others:
                 continue
             kept = held.copy()
             self._states.append((key, held, kept))
-            self._values += kept.values()
             for name, value in kept.items():
                 if isinstance(value, Tensor):
                     self._tensors.append(value)
@@ -92,10 +99,10 @@ class OptimizerState:
                     self._constant = False
 
     def _in_place(self) -> bool:
-        """Whether all tensors are those that were sorted last, and the data of small ones are where they were."""
+        """Whether all tensors are those that were sorted last, and small ones lie where and as they did."""
         if len(self._tensors) != len(self._sorted) or not all(map(is_, self._tensors, self._sorted)):
             return False
-        return [list(map(Tensor.data_ptr, many)) for many in self._small] == self._pointers
+        return all(all(map(Tensor.is_set_to, *both)) for both in zip(self._small, self._seen, strict=True))
 
     def _sort(self) -> None:
         """Look at tensors that are new: small ones are copied together."""
@@ -108,8 +115,8 @@ class OptimizerState:
             else:
                 self._large.append(tensor)
         self._small = list(small.values())
-        self._pointers = [list(map(Tensor.data_ptr, many)) for many in self._small]
-        self._flat = [[tensor.detach().view(-1) for tensor in many] for many in self._small]
+        self._seen = [[tensor.detach() for tensor in many] for many in self._small]
+        self._flat = [[tensor.view(-1) for tensor in many] for many in self._seen]
         self._spare = [torch.empty(0)] * len(self._large)
 
     def restore(self) -> bool:
