@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmon_integrations.workloads.average_gradient import AverageGradient, averaging, update
 from gradmon_integrations.workloads.average_gradient.calls import Call
@@ -260,3 +261,22 @@ def test_the_state_of_a_base_with_one_small_tensor_is_put_back() -> None:
     with pytest.raises(RuntimeError, match="no data"):
         optimizer.step(failing)
     assert torch.equal(base.state[weight]["momentum_buffer"], momentum)
+
+
+def test_of_weights_that_climb_no_more_is_turned_around_than_their_gradients() -> None:
+    class Turned(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            self.elements += found.numel() if func is torch.ops.aten.neg.default else 0
+            return found
+
+    model = wide(190)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(150, 6, generator=generator)
+    optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=1e-3, maximize=True))
+    with Turned() as turned:
+        optimizer.step(lambda: model(x).square().mean())
+    # By the base, for the signs before the step, and for those of the average.
+    assert turned.elements == 3 * sum(parameter.numel() for parameter in model.parameters())

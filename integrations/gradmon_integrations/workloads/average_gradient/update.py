@@ -168,11 +168,8 @@ class Candidate:
         Args:
             average: The average gradient, one tensor per parameter; those of large ones are not looked at.
         """
-        found = list(average)
-        for place in self._ascending:
-            found[place] = -found[place]
         for block in self._blocks:
-            signs = joined([found[place] for place in block.places])
+            signs = joined([-average[place] if place in self._ascending else average[place] for place in block.places])
             before, after, reached = block.before, block.after, block.reached
             signed_step(before, after, block.signs, signs, reached, descending=self._descending)
 
