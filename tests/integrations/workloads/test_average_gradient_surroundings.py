@@ -174,3 +174,35 @@ def test_a_function_may_leave_other_nodes_from_call_to_call() -> None:
         optimizer.step(closure_of(model, data))
         found.append(state_of(model))
     assert_same(*found)
+
+
+@torch.overrides.wrap_torch_function(lambda x: (x,))
+def tanh_in_double(x: Tensor) -> Tensor:
+    return torch.tanh(x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32, torch.float64])
+def test_slopes_of_the_callers_may_be_of_any_type(dtype: torch.dtype) -> None:
+    found = []
+    for slope in (lambda x, *_: (x > 0).to(dtype), lambda x, *_: (x > 0).to(x.dtype)):
+        model, data = chain(F.relu, [5, 6, 6, 3]), batch(8, 5, 3)
+        optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.3), functions={F.relu: slope})
+        for _ in range(3):
+            optimizer.step(closure_of(model, data))
+        found.append(state_of(model))
+    assert_same(*found)
+
+
+def test_a_function_may_return_another_type_than_it_is_given() -> None:
+    torch.manual_seed(0)
+    weight, x = nn.Parameter(torch.randn(5, 4)), torch.randn(8, 5)
+    before = weight.detach().clone()
+    optimizer = AverageGradient(torch.optim.SGD([weight], lr=50.0), functions={tanh_in_double: secant})
+    optimizer.step(lambda: tanh_in_double(x @ weight).square().mean())
+    z = x @ before
+    y = torch.tanh(z.double())
+    back = 2 * y / y.numel()
+    after = before - 50.0 * x.T @ (back * (1 - y**2)).float()
+    average = x.T @ (back * (torch.tanh((x @ after).double()) - y) / (x @ after - z)).float()
+    assert not torch.equal(average.sign(), (before - after).sign())
+    torch.testing.assert_close(weight.detach(), before - (after - before).abs() * average.sign())

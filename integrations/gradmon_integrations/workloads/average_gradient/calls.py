@@ -98,11 +98,12 @@ class Call:
             if slope is secant:
                 # The same numbers as `secant`, with one difference of the inputs for both purposes.
                 self.near = resting(moved)
-                self.slope = torch.sub(y_after, y).div_(moved.add_(self.near))
+                found = torch.sub(y_after, y).div_(moved.add_(self.near))
             else:
                 near = moved.abs_() <= NEAR
                 self.near = near.to(moved.dtype)
-                self.slope = slope(x, y, x_after.detach(), y_after.detach()).clone().masked_fill_(near, 0)
+                found = slope(x, y, x_after.detach(), y_after.detach()).clone().masked_fill_(near, 0)
+            self.slope = found.to(x.dtype)  # that of the gradient that it becomes
 
     def release(self) -> None:
         """Let go of all tensors and nodes, which refer to each other in a circle."""
