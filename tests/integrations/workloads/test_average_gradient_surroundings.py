@@ -206,3 +206,25 @@ def test_a_function_may_return_another_type_than_it_is_given() -> None:
     average = x.T @ (back * (torch.tanh((x @ after).double()) - y) / (x @ after - z)).float()
     assert not torch.equal(average.sign(), (before - after).sign())
     torch.testing.assert_close(weight.detach(), before - (after - before).abs() * average.sign())
+
+
+@pytest.mark.parametrize("linear", ["plain", "midpoint"])
+@pytest.mark.parametrize("inferred", [(0,), (0, 1, 2)])
+def test_layers_in_inference_mode_where_there_are_no_gradients(linear: Any, inferred: tuple[int, ...]) -> None:
+    found = []
+    for places in ((), inferred):
+        model, data = chain(torch.tanh, [5, 6, 6, 3]), batch(8, 5, 3)
+
+        def loss(model: Any = model, data: Any = data, places: Any = places) -> Tensor:
+            x = data[0]
+            for place, layer in enumerate(model.layers):
+                x = torch.tanh(x) if place else x
+                with torch.inference_mode(place in places and not torch.is_grad_enabled()):
+                    x = layer(x)
+            return F.mse_loss(x, data[1])
+
+        optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.3), iterations=3, linear=linear)
+        for _ in range(3):
+            optimizer.step(loss)
+        found.append(state_of(model))
+    assert_same(*found)

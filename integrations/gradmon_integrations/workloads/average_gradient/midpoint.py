@@ -53,7 +53,8 @@ class Midpoint:
     def between(self, x_after: Tensor, weight_after: Tensor) -> None:
         """Note the means of input and weight, before and after the step."""
         pairs = zip(self._sources, (x_after, weight_after), strict=True)
-        self._middle = [torch.lerp(before.detach(), after.detach(), 0.5) for before, after in pairs]
+        with torch.inference_mode(False):  # the closure may have it on, and of its tensors there are no gradients
+            self._middle = [torch.lerp(before.detach(), after.detach(), 0.5) for before, after in pairs]
 
     def attach(self) -> None:
         """Put the midpoint's gradients in the place of those found, whenever the graph is run backwards from now on."""

@@ -49,7 +49,7 @@ class Secants:
         x, y, size = call.x, call.y, x_after.numel()
         if x is None or y is None or call.form.slope is not secant or not size:
             return False
-        if y_after.is_inference():  # nothing tells whether somebody writes to it
+        if x_after.is_inference() or y_after.is_inference():  # nothing tells whether somebody writes to it
             return False
         if not (x_after.is_contiguous() and y_after.is_contiguous() and x.is_contiguous() and y.is_contiguous()):
             return False
