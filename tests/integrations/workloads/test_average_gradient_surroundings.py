@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -228,3 +230,25 @@ def test_layers_in_inference_mode_where_there_are_no_gradients(linear: Any, infe
             optimizer.step(loss)
         found.append(state_of(model))
     assert_same(*found)
+
+
+def test_a_default_device_that_is_not_the_models_changes_nothing() -> None:
+    found = []
+    for device in ("cpu", "meta"):
+        model, data = chain(torch.tanh, [5, 150, 150, 3]), batch(8, 5, 3)
+        optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.3))
+        with torch.device(device):
+            for _ in range(3):
+                optimizer.step(closure_of(model, data))
+        found.append(state_of(model))
+    assert_same(*found)
+
+
+def test_the_default_device_at_its_import_changes_nothing() -> None:
+    code = """
+import torch
+torch.set_default_device("meta")
+from gradmon_integrations.workloads.average_gradient.slopes import resting
+assert resting(torch.tensor([0.0, 1.0], device="cpu")).tolist() == [1.0, 0.0]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

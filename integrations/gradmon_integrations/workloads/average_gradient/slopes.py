@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodDescriptorType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -23,12 +24,12 @@ NEAR = 1.19e-7
 """Up to this ``|x' - x|`` the derivative f'(x) stands for itself (the paper's constant; it is float32's epsilon)."""
 
 _BEYOND = {
-    dtype: float(torch.nextafter(torch.tensor(NEAR, dtype=dtype), torch.tensor(1.0, dtype=dtype)))
-    for dtype in (torch.float32, torch.float64)
+    torch.float32: float(np.nextafter(np.float32(NEAR), np.float32(1))),
+    torch.float64: float(np.nextafter(NEAR, 1.0)),
 }
 """The next number above `NEAR`."""
 _INSIDE: Any = torch.ops.aten.hardtanh_backward.grad_input
-_ONE = torch.ones(())
+_ONE = torch.ones((), device="cpu")
 
 
 def resting(moved: Tensor, out: Tensor | None = None) -> Tensor:

@@ -187,7 +187,7 @@ class Candidate:
             return
         dtype = tensors[0].dtype
         if dtype not in self._rooms:
-            self._rooms[dtype] = [torch.empty(_CHUNK, dtype=dtype) for _ in range(3)]
+            self._rooms[dtype] = [torch.empty(_CHUNK, dtype=dtype, device="cpu") for _ in range(3)]
         rooms, written = self._rooms[dtype], tensors[0] is tensors[4]
         for before, after, gradient, average, out in zip(
             *(tensor.view(-1).split(_CHUNK) for tensor in tensors), strict=True
