@@ -66,7 +66,8 @@ class AverageGradient(Optimizer):
 
     Beside what the base optimizer takes, one more copy of the weights is kept from step to step, and a step holds the
     inputs, outputs and slopes of the nonlinearities. With more than 2 iterations it holds a second copy, which is kept
-    up to 64 MiB. The average gradient of large weights is used up layer by layer, and never there as a whole.
+    up to 64 MiB. The average gradient of the last iteration is there as a whole while the base optimizer's own scratch
+    memory is not; before that, those of weights of more than 131072 elements are used up one by one.
 
     After the step `grad` holds what the base optimizer left there, the ordinary gradient; what it held before is
     replaced, so there is no need for `zero_grad`. Gradients of other leaves, such as another optimizer's parameters,
