@@ -161,3 +161,34 @@ def test_a_state_that_belongs_to_no_parameter_is_put_back() -> None:
     assert_same(before, state_of(model))
     optimizer.step(closure_of(model, data))
     assert optimizer.state["steps"] == 3  # type: ignore[index]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_fused_bases_step_weights_in_any_order_of_memory_as_others_do(base: Any) -> None:
+    found = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Tanh(), nn.Conv2d(6, 4, 3), nn.Tanh(), nn.Flatten()).double()
+        model.append(nn.Linear(16, 3).double())
+        model[5].weight.data = model[5].weight.data.T.contiguous().T
+        images, targets = torch.randn(8, 3, 6, 6).double(), torch.randn(8, 3).double()
+        optimizer = AverageGradient(base(model.parameters(), lr=0.1, fused=fused), iterations=3)
+        for memory in (torch.channels_last, torch.contiguous_format, torch.channels_last):
+            model.to(memory_format=memory)
+            for held in optimizer.state.values():
+                for name, value in held.items():
+                    if value.ndim == 4:
+                        held[name] = value.contiguous(memory_format=memory)
+            optimizer.step(closure_of(model, (images, targets)))
+        found.append(state_of(model))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=1e-12)
+
+
+def test_a_small_gradient_out_of_order_that_is_written_to_is_found_again() -> None:
+    found = []
+    for make in (lambda weights: Writing(weights, hidden=True), lambda weights: torch.optim.SGD(weights, lr=0.5)):
+        weight = nn.Parameter(torch.tensor([[0.5, -0.3, 0.2], [0.1, 0.7, -0.6]]).double().T)
+        AverageGradient(make([weight])).step(lambda weight=weight: torch.tanh(weight).square().sum())
+        found.append(weight.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-15)

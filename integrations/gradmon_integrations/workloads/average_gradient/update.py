@@ -36,7 +36,7 @@ class Candidate:
 
     Attributes:
         values: Where the base optimizer's step leads, one tensor per parameter.
-        large: The places of those parameters that are worked on one by one.
+        large: The places of those parameters that are worked on one by one, small ones that lie out of order included.
 
     Raises:
         GradmonError: Two of them share memory.
@@ -240,10 +240,12 @@ def _samples(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _some(tensor: Tensor) -> Tensor:
-    """Up to 32 elements side by side in each of 8 places, since single ones come from memory one by one."""
+    """32 elements side by side in each of 8 places, since single ones come from memory one by one; of few all."""
+    if tensor.numel() < 256:
+        return tensor.reshape(1, -1).expand(8, -1)
     apart = tensor.numel() // 8
     if tensor.is_contiguous():
-        return tensor.as_strided((8, min(32, apart)), (apart, 1))
+        return tensor.as_strided((8, 32), (apart, 1))
     return tensor.reshape(-1)[: apart * 8].view(8, -1)[:, :32]
 
 
@@ -263,18 +265,22 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def _together(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """The places of small tensors of one dtype and device."""
+    """The places of small tensors of one dtype and device, but for those that do not lie in order.
+
+    End to end those would lie otherwise than their gradients, which fused optimizers walk through side by side.
+    """
     groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for place, tensor in enumerate(tensors):
-        if tensor.numel() <= SMALL:
+        if tensor.numel() <= SMALL and tensor.stride() == torch.empty(tensor.shape, device="meta").stride():
             groups.setdefault((tensor.dtype, tensor.device), []).append(place)
     return list(groups.values())
 
 
 def _kinds(tensors: Sequence[Tensor]) -> list[Any]:
-    """What must stay for a copy of these tensors to fit: shapes, types and devices."""
+    """What must stay for a copy of these tensors to fit: shapes, strides, types and devices."""
     return [
         [tensor.shape for tensor in tensors],
+        [tensor.stride() for tensor in tensors],
         [tensor.dtype for tensor in tensors],
         [tensor.device for tensor in tensors],
     ]
