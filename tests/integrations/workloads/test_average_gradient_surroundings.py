@@ -252,3 +252,15 @@ from gradmon_integrations.workloads.average_gradient.slopes import resting
 assert resting(torch.tensor([0.0, 1.0], device="cpu")).tolist() == [1.0, 0.0]
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("rows", [100, 1000])
+def test_a_finite_slope_takes_the_place_of_an_infinite_derivative(rows: int) -> None:
+    bias, data, targets = nn.Parameter(torch.zeros(60)), torch.full((rows, 60), 4.0), torch.ones(rows, 60)
+    data[0] = 0.0
+    base = torch.optim.SGD([bias], lr=0.01)
+    base.register_step_pre_hook(lambda *_: nn.utils.clip_grad_value_([bias], 1.0))
+    optimizer = AverageGradient(base, functions={torch.sqrt: secant})
+    optimizer.step(lambda: (torch.sqrt(data + bias) - targets).square().sum())
+    # One row of -2 times the slope 10, and all others of 2 times about 1/4: SGD alone goes the other way.
+    torch.testing.assert_close(bias.detach(), torch.full((60,), -0.01))

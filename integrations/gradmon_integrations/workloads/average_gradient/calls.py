@@ -81,8 +81,9 @@ class Call:
         if averaged is None or arriving is None or inputs[0] is None:
             return None
         averaged.mul_(arriving)
-        # At weights 0 and 1 `lerp` returns its ends as they are.
-        if self.near is not None:
+        # At weights 0 and 1 `lerp` returns its ends as they are, if both are finite: a derivative may not be. On other
+        # devices a look at a number would have to wait for all that was started before.
+        if self.near is not None and not (self.near.is_cpu and float(self.near.sum()) == 0):
             averaged.lerp_(inputs[0], self.near)
         return (averaged,)
 
