@@ -125,7 +125,7 @@ def _busiest(part: Cut) -> int:
     """The example at whose rows most arrived."""
     for owner, flow in zip(part.planned.outputs, part.arrived, strict=True):
         if isinstance(owner, Rows) and flow is not None:
-            sizes = owner.split(flow, part.examples).flatten(1).abs().amax(1)
+            sizes = owner.split(flow, part.examples).reshape(part.examples, -1).abs().amax(1)
             return int(sizes.nan_to_num(0.0, 0.0, 0.0).argmax())
     return 0
 

@@ -276,6 +276,14 @@ def test_learnable_loss_weight():
     assert not right_or_unavailable(model, pairs(), loss, match="`mul` uses a parameter where the examples are no")
 
 
+def test_learnable_loss_weight_in_a_batch_of_one():
+    model = mlp()
+    model.s = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    found = measured(model, pairs(1), lambda model, batch: mse(model, batch) * model.s.exp())
+    assert {found[name].reason for name in EXAMPLES} == {"batch of one"}
+    assert math.isfinite(found["input_condition"].value)
+
+
 def test_learnable_loss_weight_by_way_of_a_stack():
     model = net(lambda m, x: m.body(x), body=nn.Linear(3, 2), worth=nn.Parameter(torch.tensor(0.3))).double()
     right_or_unavailable(model, pairs(), lambda m, batch: torch.stack([mse(m, batch), m.worth]).prod())
