@@ -19,7 +19,7 @@ from torch import Tensor
 from gradmon._errors import Unavailable
 from gradmon._parameters import Weights
 from gradmon.per_example._autograd import after_backward, running_backward, version
-from gradmon.per_example.arrival import TOO_LARGE, arrival_hook, picked, recomputed, rows_size
+from gradmon.per_example.arrival import TOO_LARGE, Source, arrival_hook, picked, recomputed, rows_size, source_of
 from gradmon.per_example.calls import Tape
 from gradmon.per_example.capture import Use
 from gradmon.per_example.collected import Collected
@@ -105,9 +105,10 @@ class Recorder:
 
     def expect(self, recording: Recording, use: Use, planned: Planned, index: int, tape: Tape) -> None:
         """Leave hooks at the outputs of a use, which hold all that its gradient will meet."""
-        nodes: dict[Any, list[tuple[int, int]]] = {}
+        nodes: dict[Any, list[tuple[int, Source]]] = {}
         for at, output in enumerate(use.outputs):
-            nodes.setdefault(output.grad_fn, []).append((at, output.output_nr))
+            node, source = source_of(output)
+            nodes.setdefault(node, []).append((at, source))
         late = not self.single and recomputed() and self._ways.unique(recording.course, planned)
         live = Live(use, planned, recording, index, [None] * len(use.outputs), len(nodes), tape, use.places)
         use.outputs = []
@@ -132,7 +133,7 @@ class Recorder:
             with self.guarded():
                 self._process(live)
 
-    def arrive(self, live: Live, places: Sequence[tuple[int, int]], gradients: Sequence[Tensor | None]) -> None:
+    def arrive(self, live: Live, places: Sequence[tuple[int, Source]], gradients: Sequence[Tensor | None]) -> None:
         """The gradient at some outputs of a use."""
         if self.failure is not None:
             return
@@ -145,11 +146,11 @@ class Recorder:
             live.task = task
             if self._now is None or self._now.task != task or self._now.ended:
                 self._begin(task)
-            for at, number in places:
-                gradient = gradients[number]
+            for at, source in places:
+                gradient = gradients[source.number]
                 if gradient is not None and gradient.requires_grad:
                     raise Unavailable("the backward pass is differentiated itself (create_graph=True)")
-                live.arrived[at] = gradient
+                live.arrived[at] = source.take(gradients)
             live.waiting -= 1
             if live.waiting == 0 and live.use is not None:
                 self._process(live)
@@ -344,14 +345,16 @@ class Recorder:
 
     def enter(self, recording: Recording, x: Tensor) -> None:
         """Wait for the gradient at the examples' inputs."""
-        number, held = x.output_nr, weakref.ref(recording)
+        (node, source), held = source_of(x), weakref.ref(recording)
 
         def arrived(gradients: Sequence[Tensor | None]) -> None:
-            gradient, now = gradients[number], held()
-            if gradient is not None and now is not None and now.recorder.failure is None:
-                now.recorder.note_input(now, gradient)
+            now = held()
+            if now is not None and now.recorder.failure is None:
+                with now.recorder.guarded():
+                    gradient = source.take(gradients)
+                    if gradient is not None:
+                        now.recorder.note_input(now, gradient)
 
-        node: Any = x.grad_fn
         node.register_prehook(arrived)
 
     def note_input(self, recording: Recording, gradient: Tensor) -> None:

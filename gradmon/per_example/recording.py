@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +24,10 @@ class Receiver(Protocol):
 
     def fail(self, reason: str) -> None:
         """Give up."""
+        ...
+
+    def guarded(self) -> AbstractContextManager[None]:
+        """A context for what runs inside the training's own passes."""
         ...
 
     def note_input(self, recording: Recording, gradient: Tensor) -> None:
