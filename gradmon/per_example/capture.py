@@ -361,7 +361,10 @@ class Capture(TorchFunctionMode):
         self.x = x
         if self.entered is not None:
             self.entered(x)
-        return x
+            return x
+        given = x.clone()  # the model may overwrite it, and x is what it was before
+        self._mark(given, origins)
+        return given
 
 
 def _in(argument: Any) -> Iterable[Tensor]:

@@ -59,6 +59,15 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("name", ENTRIES)
+def test_x_is_what_entered_the_model(name):
+    build, x, module = ENTRIES[name]
+    batch = x, floats(5, 2)
+    seen, expected = (gradmon.measure(model, mse, batch, metrics=INPUTS, input_module=module) for model in twins(build))
+    for metric in INPUTS:
+        assert seen[metric].value == pytest.approx(expected[metric].value, rel=1e-9), metric
+
+
+@pytest.mark.parametrize("name", ENTRIES)
 def test_x_is_what_entered_the_training(name):
     build, x, module = ENTRIES[name]
     values = []
