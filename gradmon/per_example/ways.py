@@ -124,7 +124,7 @@ def _tried(rule: Rule, part: Cut) -> list[Shares] | None:
 def _busiest(part: Cut) -> int:
     """The example at whose rows most arrived."""
     for owner, flow in zip(part.planned.outputs, part.arrived, strict=True):
-        if isinstance(owner, Rows) and flow is not None:
+        if isinstance(owner, Rows) and flow is not None and flow.numel():
             sizes = owner.split(flow, part.examples).reshape(part.examples, -1).abs().amax(1)
             return int(sizes.nan_to_num(0.0, 0.0, 0.0).argmax())
     return 0

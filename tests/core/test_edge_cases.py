@@ -284,6 +284,16 @@ def test_learnable_loss_weight_in_a_batch_of_one():
     assert math.isfinite(found["input_condition"].value)
 
 
+def test_call_on_no_rows_in_a_batch_of_one():
+    def forward(m, x):
+        return torch.cat([m.even(x[::2]), m.odd(x[1::2])])
+
+    model = net(forward, even=nn.Linear(3, 2), odd=nn.Linear(3, 2)).double()
+    found = measured(model, pairs(1))
+    assert {found[name].reason for name in EXAMPLES} == {"batch of one"}
+    assert math.isfinite(found["input_condition"].value)
+
+
 def test_learnable_loss_weight_by_way_of_a_stack():
     model = net(lambda m, x: m.body(x), body=nn.Linear(3, 2), worth=nn.Parameter(torch.tensor(0.3))).double()
     right_or_unavailable(model, pairs(), lambda m, batch: torch.stack([mse(m, batch), m.worth]).prod())
