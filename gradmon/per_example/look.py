@@ -35,6 +35,7 @@ class Seen:
         values: Copies of its outputs and activations.
         made: Copies of its sources that are made of parameters by other calls.
         additive: Whether it only adds.
+        ragged: Whether the number of its rows may depend on the contents of the batch.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Seen:
     values: list[Tensor]
     made: list[Tensor]
     additive: bool = False
+    ragged: bool = False
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -58,7 +60,7 @@ class Seen:
         """A use as it is now."""
         values = [tensor.detach().clone() for tensor in (*use.outputs, *use.activations)]
         made = [tensor.detach().clone() for tensor in use.made]
-        return Seen(use.name, use.positions, len(use.outputs), values, made, use.additive)
+        return Seen(use.name, use.positions, len(use.outputs), values, made, use.additive, use.ragged)
 
 
 class Still(TorchDispatchMode):
@@ -155,6 +157,7 @@ def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int) -> Course:
                 name=use.name,
                 output=place < use.outputs,
                 additive=use.additive,
+                ragged=use.ragged,
                 value=value,
                 other=None if other is None else other[position].values[place].shape,
                 examples=len(index),
@@ -248,6 +251,7 @@ class _Value:
         name: The called function.
         output: Whether it is an output.
         additive: Whether the call only adds.
+        ragged: Whether the number of its rows may depend on the contents of the batch.
         value: As it was.
         other: Its shape with another number of examples; None where the model refuses that.
         examples: The number of examples.
@@ -256,6 +260,7 @@ class _Value:
     name: str
     output: bool
     additive: bool
+    ragged: bool
     value: Tensor
     other: torch.Size | None
     examples: int
@@ -287,6 +292,8 @@ class _Value:
     def owner(self) -> Ownership:
         """The ownership of the value."""
         candidates = self._candidates()
+        if self.output and self.ragged and (isinstance(candidates, Unknown) or not candidates):
+            return Unknown(f"the number of rows of `{self.name}` depends on what the batch holds")
         if isinstance(candidates, Unknown):
             return candidates
         if not candidates:

@@ -294,6 +294,18 @@ def test_call_on_no_rows_in_a_batch_of_one():
     assert math.isfinite(found["input_condition"].value)
 
 
+@pytest.mark.parametrize("limit", [-9.0, 0.0, 9.0])
+def test_expert_that_sees_some_of_the_examples(limit):
+    def forward(m, x):
+        chosen = x[:, 0] < limit
+        found = torch.zeros(len(x), 2).double()
+        found[chosen] = m.expert(x[chosen])
+        return found + m.shared(x)
+
+    model = net(forward, expert=nn.Linear(3, 2), shared=nn.Linear(3, 2)).double()
+    right_or_unavailable(model, pairs(6), match="the number of rows of `linear` depends on what the batch holds")
+
+
 def test_learnable_loss_weight_by_way_of_a_stack():
     model = net(lambda m, x: m.body(x), body=nn.Linear(3, 2), worth=nn.Parameter(torch.tensor(0.3))).double()
     right_or_unavailable(model, pairs(), lambda m, batch: torch.stack([mse(m, batch), m.worth]).prod())
