@@ -79,7 +79,7 @@ class Curvature:
         scale: ``||omega|| / ||w||`` at which the products were taken; None for exact ones.
         resolution: Their estimated relative rounding error.
         learning_rate: The optimizer's, where all its groups share one and it is plain or momentum SGD; else None.
-        optimizer: The optimizer's class; None without one.
+        optimizer: The optimizer's class, and for SGD why it has no such rate; None without one.
     """
 
     projected: Tensor

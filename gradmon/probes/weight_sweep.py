@@ -47,14 +47,19 @@ def curvature(scene: Scene) -> Curvature:
         _check_settled(products)
     groups = scene.optimizer.param_groups if scene.optimizer is not None else []
     rates = set(scene.rates or ([] if scene.optimizer is None else learning_rates(scene.optimizer)))
-    plain = isinstance(scene.optimizer, torch.optim.SGD) and not any(group["maximize"] for group in groups)
+    name = None if scene.optimizer is None else type(scene.optimizer).__name__
+    plain = isinstance(scene.optimizer, torch.optim.SGD)
+    if plain and any(group["maximize"] for group in groups):
+        plain, name = False, f"{name} that maximizes"
+    elif plain and len(rates) > 1:
+        plain, name = False, f"{name} with several"
     return Curvature(
         projected=(products[:count, count:] + products[count:, :count]) / 2,
         products=products[:count, :count],
         scale=None if sweep.exact else max(sweep.scales),
         resolution=sweep.epsilon if sweep.exact else 2 * sweep.epsilon / max(sweep.scales),
-        learning_rate=rates.pop() if plain and len(rates) == 1 else None,
-        optimizer=None if scene.optimizer is None else type(scene.optimizer).__name__,
+        learning_rate=rates.pop() if plain and rates else None,
+        optimizer=name,
     )
 
 

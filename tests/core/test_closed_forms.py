@@ -132,12 +132,25 @@ def test_stability_is_half_the_learning_rate_times_the_sharpness():
     assert number("stability", model, quadratic(), ANY_BATCH, **options) == pytest.approx(expected, rel=1e-8)
 
 
-def test_stability_is_for_sgd_only():
+def several_rates(parameters):
+    other = nn.Parameter(torch.zeros(1))
+    return torch.optim.SGD([{"params": parameters}, {"params": [other], "lr": 0.1}], lr=0.3)
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda parameters: torch.optim.Adam(parameters, lr=0.3), "Adam"),
+        (lambda parameters: torch.optim.SGD(parameters, lr=0.3, maximize=True), "SGD that maximizes"),
+        (several_rates, "SGD with several"),
+    ],
+)
+def test_stability_is_for_sgd_with_one_rate_only(make, what):
     model = Vector(W)
-    options = {"metrics": "stability", "optimizer": torch.optim.Adam(model.parameters(), lr=0.3)}
+    options = {"metrics": "stability", "optimizer": make(list(model.parameters()))}
     found = gradmon.measure(model, quadratic(), ANY_BATCH, **options)["stability"]
     assert math.isnan(found.value)
-    assert found.reason == "defined for SGD with one learning rate, not for Adam"
+    assert found.reason == f"defined for SGD with one learning rate, not for {what}"
 
 
 def test_step_of_sgd_on_a_quadratic():
