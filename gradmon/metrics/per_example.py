@@ -116,7 +116,7 @@ def noise_scale(seen: PerExampleGradients) -> Value:
     mean_square = max(0.0, float(seen.gram.sum())) / count**2
     noise = max(0.0, squares - count * mean_square) / (count - 1)
     signal = mean_square - noise / count
-    if signal <= 0:
+    if signal <= 4 * seen.resolution * mean_square:  # a difference that is rounding error is none
         return Value(math.inf, reason="no signal above the noise")
     return Value(noise / signal)
 

@@ -239,6 +239,15 @@ def test_opposite_examples_cancel():
     assert diversity.reason == "zero gradient"
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 6, 7, 12])
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.7, 3.3e-9])
+def test_one_example_with_a_gradient_shows_no_signal(count, size):
+    rows = torch.zeros(count, 3).double()
+    rows[0] = size * torch.tensor([1.0, 0.3, -0.7]).double()
+    noise = of_rows(rows, "noise_scale")
+    assert (noise.value, noise.reason) == (math.inf, "no signal above the noise")
+
+
 def test_micro_batches_are_means_over_consecutive_parts():
     rows = torch.tensor([[4.0, 0.0], [0.0, 2.0], [-2.0, 0.0], [-2.0, 2.0], [100.0, 100.0]]).double()
     # Two parts of two examples, the fifth left out: (2, 1) and (-2, 1).
