@@ -228,6 +228,8 @@ class Listener:
     def input_gradients(self) -> Tensor:
         """The gradients with respect to the examples' inputs, ``B dL/dx``, (B, ...), after `collect`.
 
+        By way of the model: where the loss itself takes x too, as that of an autoencoder does, it is not seen.
+
         Raises:
             Unavailable: They cannot be told apart.
         """

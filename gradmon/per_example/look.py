@@ -3,7 +3,7 @@
 One on a few examples, one with an example more (the dimension that grows holds the examples), and two with the examples
 in other orders (the rows must follow). So a time-first layout is told from a batch-first one, whatever the sizes, a
 flattened one in either order, and a model that reorders its examples is found out: only the identity commutes with both
-orders.
+orders. What is drawn at random is held still meanwhile, so that an order drawn in the forward pass is not found out.
 """
 
 from __future__ import annotations
