@@ -22,12 +22,13 @@ from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Entry, Use
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.groups import Group
-from gradmon.per_example.look import Seen, Still, find_course
+from gradmon.per_example.look import Seen, find_course
 from gradmon.per_example.recorder import Recorder
 from gradmon.per_example.recording import Recording, Wanted
 from gradmon.per_example.rows import Course, Ownership, Rows, Unknown
 from gradmon.per_example.rules import RULES, Rules
 from gradmon.per_example.scratch import Scratch
+from gradmon.per_example.still import Still
 from gradmon.per_example.ways import Ways
 from gradmon.per_example.whole import whole_modules
 
@@ -113,9 +114,9 @@ class PerExample:
         self._experience.courses[self._key] = course
         return course
 
-    def _look(self, batch: Batch, tell: Callable[[Seen], None]) -> None:
+    def _look(self, batch: Batch, tell: Callable[[Seen], None], still: Still) -> None:
         values = [without_zeros(value) for value in self._objective.base]
-        with self._objective.at(values), Still():
+        with self._objective.at(values), still:
             capture, _ = self._forward(self._objective.copied(batch), None, lambda use: tell(Seen.of(use)))
         if capture.x is not None:
             tell(Seen("x", [], 1, [capture.x.detach().clone()], []))

@@ -16,8 +16,9 @@ from gradmon._types import Batch
 from gradmon.per_example.active import Experience, entry_of, without_zeros
 from gradmon.per_example.capture import Capture, Entry, Use
 from gradmon.per_example.hooks import begun
-from gradmon.per_example.look import Seen, Still, find_course
+from gradmon.per_example.look import Seen, find_course
 from gradmon.per_example.rows import Course
+from gradmon.per_example.still import Still
 
 
 class Courses:
@@ -84,7 +85,7 @@ class Courses:
         values = [without_zeros(parameter.data) for parameter in weights.parameters]
         with Sandbox(self._model, weights.parameters) as sandbox:
 
-            def run(batch: Batch, tell: Callable[[Seen], None]) -> None:
+            def run(batch: Batch, tell: Callable[[Seen], None], still: Still) -> None:
                 args, kwargs = _copied(batch)
                 inputs = list(tensors((args, kwargs)))
                 count = example_count((args, kwargs), self._dim)
@@ -98,7 +99,7 @@ class Courses:
                     x = capture.enter(given, frozenset({entry.position}))
                     args, kwargs = map_tensors((args, kwargs), lambda t: x if t is given else t)
                 try:
-                    with sandbox.at(values), Still():
+                    with sandbox.at(values), still:
                         close = begun(capture, self._model, self._experience.rules, entry)
                         try:
                             module(*args, **kwargs)

@@ -3,7 +3,8 @@
 One on a few examples, one with an example more (the dimension that grows holds the examples), and two with the examples
 in other orders (the rows must follow). So a time-first layout is told from a batch-first one, whatever the sizes, a
 flattened one in either order, and a model that reorders its examples is found out: only the identity commutes with both
-orders. What is drawn at random is held still meanwhile, so that an order drawn in the forward pass is not found out.
+orders. What is drawn at random is held still meanwhile; if it may be an order, two more passes with another one
+tell whether an example's rows are still its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradmon._batches import select_examples
 from gradmon._errors import GradmonError, Unavailable
@@ -22,6 +22,7 @@ from gradmon._tensors import length, wide
 from gradmon._types import Batch
 from gradmon.per_example.capture import Use
 from gradmon.per_example.rows import Course, Ownership, Planned, Rows, Spread, Unknown
+from gradmon.per_example.still import Still
 
 
 @dataclass(frozen=True)
@@ -63,39 +64,11 @@ class Seen:
         return Seen(use.name, use.positions, len(use.outputs), values, made, use.additive, use.ragged)
 
 
-class Still(TorchDispatchMode):
-    """A context that replaces random tensors by constant ones: examples in another order see the same noise."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
-            return func(*args, **kwargs)
-        names = [argument.name for argument in func._schema.arguments]
-        if "dropout_p" in names:
-            position = names.index("dropout_p")
-            if position < len(args):
-                args = (*args[:position], 0.0, *args[position + 1 :])
-            else:
-                kwargs = {**kwargs, "dropout_p": 0.0}
-            return func(*args, **kwargs)
-        if func is torch.ops.aten.native_dropout.default:
-            return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
-        if func is torch.ops.aten.randperm.default:
-            return torch.arange(args[0], **{k: v for k, v in kwargs.items() if k in ("dtype", "device")})
-        result = func(*args, **kwargs)
-        if isinstance(result, Tensor) and result.numel() > 1:
-            with torch.no_grad():
-                result.fill_(result.reshape(-1)[0] if not result.is_floating_point() else result.mean())
-        return result
-
-
 _FEW = 3
 """How many examples tell the dimension and the order of the rows; a batch of two is not enough."""
 
-Run = Callable[[Batch, Callable[["Seen"], None]], None]
-"""A forward pass on a batch that tells of every use as it is made."""
+Run = Callable[[Batch, Callable[["Seen"], None], Still], None]
+"""A forward pass on a batch, with randomness held still, that tells of every use as it is made."""
 
 
 def find_course(run: Run, batch: Batch, examples: int, dim: int = 0, *, few: bool = True) -> Course:
@@ -120,7 +93,7 @@ def find_course(run: Run, batch: Batch, examples: int, dim: int = 0, *, few: boo
         return _course(uses, [[Rows(0, 1, 1)] * len(use.values) for use in uses])
     if few and examples > _FEW:
         try:
-            course = _looked_at(run, batch, torch.arange(_FEW), dim)
+            course = _looked_at(run, batch, torch.arange(_FEW), dim, few=True)
         except GradmonError:  # the whole batch is going to say it again, of itself
             course = None
         if course is not None and not any(isinstance(o, Unknown) for use in course.uses for o in use.outputs):
@@ -129,7 +102,7 @@ def find_course(run: Run, batch: Batch, examples: int, dim: int = 0, *, few: boo
     return _looked_at(run, batch, torch.tensor([0, 1, 0]) if examples == 2 else torch.arange(examples), dim)
 
 
-def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int) -> Course:
+def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int, *, few: bool = False) -> Course:
     """The course on some examples.
 
     Raises:
@@ -148,7 +121,9 @@ def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int) -> Course:
     except Exception:  # a model may be built for one batch size
         other = None
     looked: list[Seen] = []
-    run(select(index), looked.append)
+    run(select(index), looked.append, still := Still())
+    if few and still.foreign:
+        raise Unavailable("an order that numpy or Python draws of a few examples may be the usual one by chance")
     if other is not None and not _alike(looked, other):
         other = None
     values = [
@@ -166,23 +141,59 @@ def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int) -> Course:
         ]
         for position, use in enumerate(looked)
     ]
+    replaced = torch.cat([index[1:2], index[1:]])
     for order in _orders(len(index)):
         _compare(run, select(index[order]), looked, lambda p, v, moved, o=order: values[p][v].compare(o, moved))
     if any(use.made for use in looked):
         others: list[Seen] = []
-        run(select(torch.cat([index[1:2], index[1:]])), lambda seen: others.append(seen.without_values()))
+        run(select(replaced), lambda seen: others.append(seen.without_values()), Still())
         _check_made(looked, others)
-    return _course(looked, [[value.owner() for value in use] for use in values])
+    owners = [[value.owner() for value in use] for use in values]
+    if still.orders:
+        _check_turned(run, select(index), select(replaced), looked, owners)
+    return _course(looked, owners)
+
+
+def _check_turned(run: Run, batch: Batch, replaced: Batch, looked: list[Seen], owners: list[list[Ownership]]) -> None:
+    """Find values whose rows are in an order that is drawn: where it is turned round, they are another example's.
+
+    Args:
+        run: A forward pass.
+        batch: Some examples.
+        replaced: The same, but for the first.
+        looked: The uses.
+        owners: Whose their values are; unknown instead where another example's rows change with the first one.
+
+    Raises:
+        Unavailable: The pass takes another course.
+    """
+    before: list[list[Tensor]] = [[] for _ in looked]
+    _compare(run, batch, looked, lambda p, v, value: before[p].append(value), turned=True)
+
+    def compare(p: int, v: int, after: Tensor) -> None:
+        owner = owners[p][v]
+        if not isinstance(owner, Rows) or after.shape != before[p][v].shape:
+            return
+        examples = after.shape[owner.dim] // (owner.inner * owner.outer)
+        moved = owner.split(after != before[p][v], examples).reshape(examples, -1).any(1)
+        if moved[1:].any() and not moved[0]:
+            owners[p][v] = Unknown(
+                f"the rows of the output of `{looked[p].name}` are in an order that is drawn at random"
+            )
+
+    _compare(run, replaced, looked, compare, turned=True)
 
 
 def _shapes(run: Run, batch: Batch) -> list[Seen]:
     """The uses of a pass without the contents of their values."""
     found: list[Seen] = []
-    run(batch, lambda seen: found.append(seen.without_values()))
+    run(batch, lambda seen: found.append(seen.without_values()), Still())
     return found
 
 
-def _compare(run: Run, batch: Batch, looked: list[Seen], tell: Callable[[int, int, Tensor], None]) -> None:
+def _compare(
+    run: Run, batch: Batch, looked: list[Seen], tell: Callable[[int, int, Tensor], None], *, turned: bool = False
+) -> None:
     """Tell of each value of another pass, one after the other, so that never all of them are held.
 
     Raises:
@@ -198,7 +209,7 @@ def _compare(run: Run, batch: Batch, looked: list[Seen], tell: Callable[[int, in
             tell(count, place, value)
         count += 1
 
-    run(batch, note)
+    run(batch, note, Still(turned=turned))
     if count != len(looked):
         raise Unavailable("the forward pass takes another course when the examples come in another order")
 
