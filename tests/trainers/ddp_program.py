@@ -175,6 +175,9 @@ def main() -> None:
         options["folder"] = str(folder / "out")
     steps = globals()[kind](rank, size, options)
     (folder / f"{rank}.json").write_text(json.dumps({"steps": steps, "numbers": kept.numbers}))
+    # What torch's threads do at the end of an interpreter is not looked at: now and then they abort it.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
