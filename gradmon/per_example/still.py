@@ -65,11 +65,11 @@ class Still(TorchDispatchMode):
 
     def _hold(self, drawn: Tensor) -> None:
         """Put numbers in the place of what was drawn."""
-        line = drawn.ndim == 1 and drawn.is_floating_point()
+        line = drawn.is_floating_point() and drawn.numel() == max(drawn.shape)
         self._lined = self._lined or line
         with torch.no_grad():
             if line and self._turned:  # the first is neither the least nor the greatest: sorted, it goes elsewhere
-                drawn.copy_(drawn.sort().values.roll(-1))
+                drawn.copy_(drawn.flatten().sort().values.roll(-1).view(drawn.shape))
             else:
                 drawn.fill_(drawn.mean() if drawn.is_floating_point() else drawn.reshape(-1)[0])
 

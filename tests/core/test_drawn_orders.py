@@ -43,6 +43,7 @@ def by_python(n):
 DRAWN = {
     "randperm": torch.randperm,
     "argsort": lambda n: torch.rand(n).argsort(),
+    "argsort of a column": lambda n: torch.rand(n, 1).argsort(0).flatten(),
     "sort": lambda n: torch.randn(n).sort().indices,
     "topk": lambda n: torch.rand(n).topk(n).indices,
     "generator": lambda n: torch.randperm(n, generator=torch.Generator().manual_seed(n)),
