@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
@@ -20,6 +21,34 @@ from gradmon._snapshot import RandomState, modules_behind
 from gradmon._tensors import ran_out, working
 from gradmon._types import Batch, Loss, Reduction
 from gradmon.team import Team, without_talk
+
+
+def check_loss(loss: object, *, optional: bool = False) -> None:
+    """Check what a loss is as far as it shows before it is called.
+
+    Args:
+        loss: What the caller gave.
+        optional: Whether it may be None.
+
+    Raises:
+        ArgumentError: It is not callable as ``loss(model, batch)``, or a loss of `torch.nn`, which takes outputs.
+    """
+    if loss is None and optional:
+        return
+    must = f"be callable as loss(model, batch){', or None' if optional else ''}"
+    if not callable(loss):
+        raise ArgumentError("loss", must, type(loss).__name__)
+    name = getattr(loss, "__name__", type(loss).__name__)
+    if str(getattr(loss, "__module__", "")).startswith("torch.nn."):
+        raise ArgumentError("loss", must, f"{name}, which takes outputs and targets: call it in a function of yours")
+    try:
+        signature = inspect.signature(loss)
+    except ValueError:  # some that are written in C have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise ArgumentError("loss", must, f"{name}{signature}: {error}") from None
 
 
 class Gradient(NamedTuple):
@@ -64,8 +93,7 @@ class Objective:
         random: RandomState | None = None,
         team: Team | None = None,
     ) -> None:
-        if not callable(loss):
-            raise ArgumentError("loss", "be callable as loss(model, batch)", type(loss).__name__)
+        check_loss(loss)
         if reduction not in ("mean", "sum"):
             raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
         self.model = unwrapped(model)

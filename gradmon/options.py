@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from gradmon._errors import ArgumentError, PluginError
 from gradmon._evidence import BatchGradient, InputGradients, Step, StepPair
+from gradmon._objective import check_loss
 from gradmon._parameters import check_trains, trainable
 from gradmon._plugins import entry_points_named, load
 from gradmon._types import Loss
@@ -206,8 +207,7 @@ def check_monitor(
     if loss is None and getattr(optimizer, "several_passes", False):
         must = f"be given with {type(optimizer).__name__}, whose steps take several backward passes"
         raise ArgumentError("loss", must, None)
-    if loss is not None and not callable(loss):
-        raise ArgumentError("loss", "be callable as loss(model, batch), or None", type(loss).__name__)
+    check_loss(loss, optional=True)
     if reduction not in ("mean", "sum"):
         raise ArgumentError("reduction", 'be "mean" or "sum"', repr(reduction))
     if schedule is not None and not callable(schedule) and not isinstance(schedule, budget):

@@ -6,11 +6,12 @@ import contextlib
 import functools
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from gradmon._errors import ArgumentError, Unavailable
+from gradmon._objective import check_loss
 from gradmon._types import Batch, Loss
 from gradmon.preflight.calls import Calls
 
@@ -47,10 +48,9 @@ class Passes:
         """The loss, each call of which is a pass.
 
         Raises:
-            ArgumentError: `loss` cannot be called.
+            ArgumentError: `loss` is not callable as `loss(model, batch)`.
         """
-        if not callable(loss):
-            raise ArgumentError("loss", "be callable as loss(model, batch)", type(cast(object, loss)).__name__)
+        check_loss(loss)
         # A partial, because the modules behind a loss are looked for in its arguments.
         return functools.partial(_pass, self, loss)
 

@@ -210,6 +210,13 @@ WRONG = [
     ({"optimizer": "sgd"}, "`optimizer` must be a torch.optim.Optimizer. Got str"),
     ({"optimizer": torch.optim.SGD(nn.Linear(1, 1).parameters(), 0.1)}, "`optimizer` must hold parameters of `model`"),
     ({"loss": 3}, "`loss` must be callable as loss\\(model, batch\\), or None. Got int"),
+    ({"loss": nn.CrossEntropyLoss()}, "`loss` must be .* Got CrossEntropyLoss, which takes outputs and targets"),
+    ({"loss": nn.functional.mse_loss}, "`loss` must be .* Got mse_loss, which takes outputs and targets"),
+    ({"loss": lambda batch: 0}, "`loss` must be .* Got <lambda>\\(batch\\): too many positional arguments"),
+    (
+        {"loss": lambda model, x, t: 0},
+        "`loss` must be .* Got <lambda>\\(model, x, t\\): missing a required argument: 't'",
+    ),
     ({"metrics": "nonsense"}, "`metrics` must be Metric objects or among .*weight_condition.*. Got 'nonsense'"),
     ({"metrics": ["loss", 3]}, "`metrics` must be .*. Got 3"),
     ({"schedule": 5}, "`schedule` must be a budget, or callable as schedule\\(step\\). Got 5"),

@@ -40,11 +40,11 @@ class Texts:
     train: int
 
 
-def read(root: Path | None) -> Texts:
+def read(data_root: Path | None) -> Texts:
     """Read the reviews and the vectors of the words in them.
 
     Args:
-        root: The folder that holds ``aclImdb/`` and one ``glove*.txt``.
+        data_root: The folder that holds ``aclImdb/`` and one ``glove*.txt``.
 
     Returns:
         The reviews in the order of their file names, shuffled once and always alike.
@@ -52,23 +52,23 @@ def read(root: Path | None) -> Texts:
     Raises:
         ArgumentError: Something is missing in the folder.
     """
-    if root is None or not root.is_dir():
-        raise ArgumentError("root", "be the folder that holds aclImdb/ and glove*.txt", root)
+    if data_root is None or not data_root.is_dir():
+        raise ArgumentError("data_root", "be the folder that holds aclImdb/ and glove*.txt", data_root)
     reviews: list[list[str]] = []
     targets: list[int] = []
     counts: list[int] = []
     for part in ("train", "test"):
         found: list[tuple[list[str], int]] = []
         for target, kind in enumerate(("neg", "pos")):
-            paths = sorted((root / "aclImdb" / part / kind).glob("*.txt"))
+            paths = sorted((data_root / "aclImdb" / part / kind).glob("*.txt"))
             if not paths:
-                raise ArgumentError("root", f"hold reviews as aclImdb/{part}/{kind}/*.txt", root)
+                raise ArgumentError("data_root", f"hold reviews as aclImdb/{part}/{kind}/*.txt", data_root)
             found += [(words(path.read_text(encoding="utf-8")), target) for path in paths]
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0)).tolist()
         reviews += [found[place][0][:LENGTH] for place in order]
         targets += [found[place][1] for place in order]
         counts.append(len(found))
-    rows, vectors = _vectors(root, {word for review in reviews for word in review})
+    rows, vectors = _vectors(data_root, {word for review in reviews for word in review})
     inputs = torch.full((len(reviews), LENGTH), _PADDING)
     for number, review in enumerate(reviews):
         inputs[number, : len(review)] = torch.tensor([rows.get(word, _UNKNOWN) for word in review], dtype=torch.int64)
@@ -80,15 +80,15 @@ def words(text: str) -> list[str]:
     return _WORD.findall(html.unescape(_BREAK.sub(" ", text)).lower())
 
 
-def _vectors(root: Path, wanted: set[str]) -> tuple[dict[str, int], Tensor]:
+def _vectors(data_root: Path, wanted: set[str]) -> tuple[dict[str, int], Tensor]:
     """The rows of those words that have a vector, in the order of the file, and the vectors.
 
     Raises:
         ArgumentError: There is no file of vectors, or more than one, or a line of it is not one.
     """
-    paths = sorted(root.glob("glove*.txt"))
+    paths = sorted(data_root.glob("glove*.txt"))
     if len(paths) != 1:
-        raise ArgumentError("root", "hold exactly one file glove*.txt", [path.name for path in paths] or "none")
+        raise ArgumentError("data_root", "hold exactly one file glove*.txt", [path.name for path in paths] or "none")
     rows: dict[str, int] = {}
     found: list[list[float]] = []
     with paths[0].open(encoding="utf-8") as file:
@@ -100,12 +100,12 @@ def _vectors(root: Path, wanted: set[str]) -> tuple[dict[str, int], Tensor]:
                 vector = [float(text) for text in numbers]
             except ValueError as error:
                 raise ArgumentError(
-                    "root", f"hold numbers after each word of {paths[0].name}", f"line {number}"
+                    "data_root", f"hold numbers after each word of {paths[0].name}", f"line {number}"
                 ) from error
             if not vector or (found and len(vector) != len(found[0])):
-                raise ArgumentError("root", f"hold vectors of one length in {paths[0].name}", f"line {number}")
+                raise ArgumentError("data_root", f"hold vectors of one length in {paths[0].name}", f"line {number}")
             rows[word] = _FIRST + len(found)
             found.append(vector)
     if not found:
-        raise ArgumentError("root", f"hold vectors of words of the reviews in {paths[0].name}", "none")
+        raise ArgumentError("data_root", f"hold vectors of words of the reviews in {paths[0].name}", "none")
     return rows, torch.cat([torch.zeros(_FIRST, len(found[0])), torch.tensor(found)])

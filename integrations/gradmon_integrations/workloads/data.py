@@ -69,25 +69,26 @@ _OPENML = {
 }
 
 
-def load(name: str, *, root: Path | None = None) -> Data:
+def load(name: str, *, data_root: Path | None = None) -> Data:
     """The data set of a name.
 
     Args:
         name: One of `LOADERS`. "digits" comes with scikit-learn; "mnist", "fashion-mnist", "cifar-10", "cifar-100" and
-            "svhn" are downloaded from openml.org when they are loaded for the first time; "imdb" is read from `root`.
-        root: Where to keep what is downloaded (None: scikit-learn's own place); for "imdb", the folder that holds
+            "svhn" are downloaded from openml.org when they are loaded for the first time; "imdb" is read from
+            `data_root`.
+        data_root: Where to keep what is downloaded (None: scikit-learn's own place); for "imdb", the folder that holds
             ``aclImdb/`` and one file ``glove*.txt``. "digits" has no use for it.
 
     Returns:
         The data; the same call gives the same tensors.
 
     Raises:
-        ArgumentError: There is no such name, or `root` does not hold what it should.
+        ArgumentError: There is no such name, or `data_root` does not hold what it should.
         GradmonError: scikit-learn is missing, or what was downloaded is not the data set that is known.
     """
     if name not in LOADERS:
         raise ArgumentError("name", f"be one of {', '.join(LOADERS)}", repr(name))
-    return LOADERS[name](name, root)
+    return LOADERS[name](name, data_root)
 
 
 def _sklearn() -> Any:
@@ -99,7 +100,7 @@ def _sklearn() -> Any:
     return datasets
 
 
-def _digits(name: str, root: Path | None) -> Data:
+def _digits(name: str, data_root: Path | None) -> Data:
     pixels, labels = _sklearn().load_digits(return_X_y=True)
     # The file is ordered by writer: a fixed random order makes training and test examples alike.
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
@@ -107,7 +108,7 @@ def _digits(name: str, root: Path | None) -> Data:
     return _split(name, images, torch.as_tensor(labels, dtype=torch.int64)[order], len(labels) - _DIGITS_TEST, 10)
 
 
-def _openml(name: str, root: Path | None) -> Data:
+def _openml(name: str, data_root: Path | None) -> Data:
     """A data set of images from openml.org, in its order there: the training examples first.
 
     Raises:
@@ -115,7 +116,7 @@ def _openml(name: str, root: Path | None) -> Data:
     """
     listed = _OPENML[name]
     bunch = _sklearn().fetch_openml(
-        listed.name, version=listed.version, data_home=None if root is None else str(root), as_frame=False
+        listed.name, version=listed.version, data_home=None if data_root is None else str(data_root), as_frame=False
     )
     pixels = torch.as_tensor(bunch.data)
     count, wide = listed.train + listed.test, listed.shape[0] * listed.shape[1] * listed.shape[2]
@@ -149,10 +150,10 @@ def _as_images(rows: Tensor, shape: tuple[int, int, int]) -> Tensor:
     return first if roughness(first) <= roughness(last) else last.contiguous()
 
 
-def _imdb(name: str, root: Path | None) -> Data:
+def _imdb(name: str, data_root: Path | None) -> Data:
     from gradmon_integrations.workloads._imdb import read
 
-    texts = read(root)
+    texts = read(data_root)
     inputs, targets = texts.inputs, texts.targets
     return _split(name, inputs, targets, texts.train, 2, texts.vectors)
 

@@ -57,7 +57,7 @@ def test_wrong_options(options: list[str], message: str, capsys: pytest.CaptureF
 
 
 def test_what_cannot_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(GradmonError, match="`root` must be the folder that holds aclImdb"):
+    with pytest.raises(GradmonError, match="`data_root` must be the folder that holds aclImdb"):
         run("--data", "imdb", "--logdir", str(tmp_path))
     with pytest.raises(GradmonError, match="`batch_size` must be from 1 to 1797"):
         run("--batch-size", "5000", "--logdir", str(tmp_path))

@@ -57,7 +57,7 @@ def test_data_sets_of_openml(name: str, last: bool, monkeypatch: pytest.MonkeyPa
         )
 
     monkeypatch.setattr("sklearn.datasets.fetch_openml", fetch_openml)
-    found = load(name, root=tmp_path)
+    found = load(name, data_root=tmp_path)
     assert asked == {"name": listed.name, "version": 1, "data_home": str(tmp_path), "as_frame": False}
     assert found.train_inputs.shape == (6, *listed.shape)
     assert found.test_inputs.shape == (3, *listed.shape)
@@ -96,7 +96,7 @@ def imdb(tmp_path: Path) -> Path:
 
 
 def test_reviews_become_rows_of_vectors(imdb: Path) -> None:
-    found = load("imdb", root=imdb)
+    found = load("imdb", data_root=imdb)
     assert found.vectors is not None
     assert found.vectors.tolist() == [[0, 0], [0, 0], [1, 0], [0, 1.5], [2, -2]]
     assert found.train_inputs.shape == found.test_inputs.shape == (2, LENGTH)
@@ -129,25 +129,25 @@ def test_words() -> None:
 
 def test_what_is_missing_in_the_folder(imdb: Path, tmp_path: Path) -> None:
     for root in (None, tmp_path / "nowhere"):
-        with pytest.raises(GradmonError, match=r"`root` must be the folder that holds aclImdb/ and glove\*.txt"):
-            load("imdb", root=root)
+        with pytest.raises(GradmonError, match=r"`data_root` must be the folder that holds aclImdb/ and glove\*.txt"):
+            load("imdb", data_root=root)
     glove = imdb / "glove.6B.2d.txt"
     text = glove.read_text()
     for broken, message in (
-        ("film 1 0\ngreat 0 one\n", "`root` must hold numbers after each word of glove.6B.2d.txt. Got line 2"),
-        ("film 1 0\ngreat 0\n", "`root` must hold vectors of one length in glove.6B.2d.txt. Got line 2"),
-        ("none 1 0\n", "`root` must hold vectors of words of the reviews in glove.6B.2d.txt. Got none"),
+        ("film 1 0\ngreat 0 one\n", "`data_root` must hold numbers after each word of glove.6B.2d.txt. Got line 2"),
+        ("film 1 0\ngreat 0\n", "`data_root` must hold vectors of one length in glove.6B.2d.txt. Got line 2"),
+        ("none 1 0\n", "`data_root` must hold vectors of words of the reviews in glove.6B.2d.txt. Got none"),
     ):
         glove.write_text(broken)
         with pytest.raises(GradmonError, match=message):
-            load("imdb", root=imdb)
+            load("imdb", data_root=imdb)
     glove.write_text(text)
     (imdb / "glove.too.txt").write_text(text)
-    with pytest.raises(GradmonError, match=r"`root` must hold exactly one file glove\*.txt"):
-        load("imdb", root=imdb)
+    with pytest.raises(GradmonError, match=r"`data_root` must hold exactly one file glove\*.txt"):
+        load("imdb", data_root=imdb)
     (imdb / "aclImdb" / "test" / "neg" / "1_1.txt").unlink()
-    with pytest.raises(GradmonError, match=r"`root` must hold reviews as aclImdb/test/neg/\*.txt"):
-        load("imdb", root=imdb)
+    with pytest.raises(GradmonError, match=r"`data_root` must hold reviews as aclImdb/test/neg/\*.txt"):
+        load("imdb", data_root=imdb)
 
 
 def test_models_of_images() -> None:

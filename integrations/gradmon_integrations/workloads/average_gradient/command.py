@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if os.environ.get("GRADMON_DISABLED") == "1":
         raise GradmonError("GRADMON_DISABLED=1 switches every monitor off: there is nothing to show.")
-    data = load(arguments.data, root=arguments.data_root)
+    data = load(arguments.data, data_root=arguments.data_root)
     logdir = arguments.logdir or Path("runs") / f"average-gradient-{datetime.now():%Y%m%d-%H%M%S}"
     recipe = Recipe(
         arguments.model, arguments.depth, arguments.width, arguments.init, arguments.lr, arguments.batch_size,

@@ -50,7 +50,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-layer", action="store_true", help="one derivative for each layer, in a pass of its own")
     parser.add_argument("--every", type=_whole, default=50, metavar="N", help="look every N steps (50)")
     parser.add_argument("--seeds", type=_whole, default=1, metavar="N", help="runs of each kind (1)")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="where downloaded data is kept")
+    parser.add_argument("--data-root", type=Path, metavar="DIR", help="where downloaded data is kept")
     parser.add_argument("--logdir", type=Path, metavar="DIR", help="where to write (runs/guessers-DATE-TIME)")
     parser.add_argument("--prometheus-port", type=_port, metavar="PORT", help="port of /metrics; 0: any free one (off)")
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status, 0.
     """
-    data = load(arguments.data, root=arguments.root)
+    data = load(arguments.data, data_root=arguments.data_root)
     steps = arguments.steps or 300
     if arguments.epochs is not None:
         steps = max(1, math.ceil(arguments.epochs * len(data.train_targets) / arguments.batch_size))
