@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim import Optimizer
 
-from gradmon_integrations.workloads.average_gradient.update import SMALL, copy_all, unflattened
+from gradmon_integrations.workloads.average_gradient.update import SMALL, alike, copy_all
 
 _PLAIN = (int, float, str, type(None))
 
@@ -32,15 +33,14 @@ class OptimizerState:
         self._states: list[tuple[Any, dict[Any, Any], dict[Any, Any]]] = []
         self._others: dict[Any, Any] = {}
         self._known: list[Any] = []
+        self._parts: list[Any] = []
         self._constant = False
         self._tensors: list[Tensor] = []
-        self._sorted: list[Tensor] = []
-        self._small: list[list[Tensor]] = []
-        self._flat: list[list[Tensor]] = []
-        self._seen: list[list[Tensor]] = []
-        self._large: list[Tensor] = []
+        self._sorted: list[Tensor] | None = None
+        self._rows: list[list[Tensor]] = []
+        self._stacked: list[Tensor] = []
+        self._single: list[Tensor] = []
         self._spare: list[Tensor] = []
-        self._joined: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
         self._whole = True
 
@@ -48,7 +48,7 @@ class OptimizerState:
         """Copy the state as it is now."""
         if not self._is_known():
             self._look()
-        if not self._in_place():
+        if self._tensors is not self._sorted:
             self._sort()
         if not self._whole:
             return
@@ -56,8 +56,13 @@ class OptimizerState:
             {name: _copied(value) for name, value in group.items() if name != "params"}
             for group in self._optimizer.param_groups
         ]
-        self._joined = [torch.cat(many) for many in self._flat]
-        for number, value in enumerate(self._large):
+        with torch.no_grad():
+            try:
+                self._stacked = [torch.stack(row) for row in self._rows]
+            except RuntimeError:  # of one of them the data was exchanged for others that do not lie alike
+                self._sort()
+                self._stacked = [torch.stack(row) for row in self._rows]
+        for number, value in enumerate(self._single):
             spare = self._spare[number]
             if spare.shape == value.shape and spare.dtype == value.dtype and value.layout == torch.strided:
                 spare.copy_(value.detach())
@@ -66,26 +71,18 @@ class OptimizerState:
 
     def _is_known(self) -> bool:
         """Whether the state consists of the very objects that it did last time, and all that can change are tensors."""
-        if not self._constant:
-            return False
-        parts = self._parts()
-        return len(parts) == len(self._known) and all(map(is_, parts, self._known))
-
-    def _parts(self) -> list[Any]:
-        """The objects that the state consists of, and what they are kept under."""
         state = self._optimizer.state
-        parts = [*state, *state.values()]
-        for held in state.values():
-            if isinstance(held, dict):
-                parts += [*held, *held.values()]
-        return parts
+        if not self._constant or not _same(self._known, [*state, *state.values()]):
+            return False
+        return _same(self._parts, _parts(state.values()))
 
     def _look(self) -> None:
         """Take up what the state consists of, but for what tensors contain."""
         state = self._optimizer.state
         others = {key: held for key, held in state.items() if not isinstance(held, dict)}
         self._others, self._constant = copy.deepcopy(others), not others
-        self._states, self._known, self._tensors = [], self._parts(), []
+        self._known, self._parts = [*state, *state.values()], _parts(state.values()) if self._constant else []
+        self._states, self._tensors = [], []
         for key, held in state.items():
             if key in others:
                 continue
@@ -98,26 +95,24 @@ class OptimizerState:
                     kept[name] = copy.deepcopy(value)
                     self._constant = False
 
-    def _in_place(self) -> bool:
-        """Whether all tensors are those that were sorted last, and small ones lie where and as they did."""
-        if len(self._tensors) != len(self._sorted) or not all(map(is_, self._tensors, self._sorted)):
-            return False
-        return all(all(map(Tensor.is_set_to, *both)) for both in zip(self._small, self._seen, strict=True))
-
     def _sort(self) -> None:
-        """Look at tensors that are new: small ones are copied together."""
-        self._sorted, self._large, self._spare = self._tensors, [], []
+        """Look at tensors that are new: small ones of one shape are copied together."""
+        self._sorted = self._tensors
         self._whole = sum(tensor.nbytes for tensor in self._tensors) <= self._most
-        small: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-        for tensor in self._tensors if self._whole else ():
-            if type(tensor) is Tensor and _lies_together(tensor):
-                small.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+        groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        single: list[int] = []
+        for place, tensor in enumerate(self._tensors if self._whole else ()):
+            if type(tensor) is Tensor and tensor.layout == torch.strided and tensor.numel() <= SMALL:
+                groups.setdefault((tensor.dtype, tensor.device), []).append(place)
             else:
-                self._large.append(tensor)
-        self._small = list(small.values())
-        self._seen = [[tensor.detach() for tensor in many] for many in self._small]
-        self._flat = [[tensor.view(-1) for tensor in many] for many in self._seen]
-        self._spare = [torch.empty(0)] * len(self._large)
+                single.append(place)
+        self._rows = []
+        for group in groups.values():
+            rows, others = alike(self._tensors, group)
+            self._rows += [[self._tensors[place] for place in row] for row in rows]
+            single += others
+        self._single = [self._tensors[place] for place in single]
+        self._spare = [torch.empty(0)] * len(single)
 
     def restore(self) -> bool:
         """Put the state back, into the tensors that it was in; whether there was a copy of it."""
@@ -128,10 +123,10 @@ class OptimizerState:
                 params = group["params"]
                 group.clear()
                 group.update(kept, params=params)
-            for value, kept in zip(self._large, self._spare, strict=True):
+            for value, kept in zip(self._single, self._spare, strict=True):
                 value.copy_(kept)
-            for many, kept in zip(self._small, self._joined, strict=True):
-                copy_all(many, unflattened(kept, many))
+            for row, kept in zip(self._rows, self._stacked, strict=True):
+                copy_all(row, kept.unbind())
         self._optimizer.state.clear()
         self._optimizer.state.update(self._others)
         for key, held, kept in self._states:
@@ -141,9 +136,15 @@ class OptimizerState:
         return True
 
 
-def _lies_together(tensor: Tensor) -> bool:
-    """Whether it is small, and its elements lie side by side."""
-    return tensor.layout == torch.strided and tensor.numel() <= SMALL and tensor.is_contiguous()
+def _parts(states: Collection[dict[Any, Any]]) -> list[Any]:
+    """How much each of the states holds, under which names, and what."""
+    values = map(dict[Any, Any].values, states)
+    return [*map(len, states), *chain.from_iterable(states), *chain.from_iterable(values)]
+
+
+def _same(known: Sequence[Any], found: Sequence[Any]) -> bool:
+    """Whether these are the very objects that are known, in their order."""
+    return len(known) == len(found) and all(map(is_, known, found))
 
 
 def _copied(value: Any) -> Any:

@@ -258,14 +258,14 @@ class AverageGradient(Optimizer):
             candidate = self._candidate
             if candidate is None or not candidate.fits(active):
                 candidate = self._candidate = Candidate(active)
-            origin = [parameter.data for parameter in active]
+            origin = candidate.origin
             ascending, descending = self._ascending(active), descends(self.base)
             # Behind the hooks of others, which may change the gradients, and before the base, which may, too.
             note = self.base.register_step_pre_hook(
                 lambda *_: candidate.note([parameter.grad for parameter in active], ascending)
             )
             try:
-                candidate.begin(origin, descending=descending)
+                candidate.begin(descending=descending)
                 place(active, candidate.values)
                 # The graph still needs these parameters, and will find them as they were.
                 with cast("Any", torch.autograd)._unsafe_preserve_version_counter(tuple(active)):
@@ -277,7 +277,7 @@ class AverageGradient(Optimizer):
                     place(active, origin)
                     candidate.note(averaging.gradient(active, last=False), ascending)
                     place(active, candidate.values)
-                self._iterate(averaging, candidate, active, origin)
+                self._iterate(averaging, candidate, active)
             except BaseException:
                 place(active, origin)
                 raise
@@ -289,16 +289,15 @@ class AverageGradient(Optimizer):
                 parameter.grad = gradient
             after.restore()
 
-    def _iterate(
-        self, averaging: Averaging, candidate: Candidate, active: Sequence[Tensor], origin: Sequence[Tensor]
-    ) -> None:
+    def _iterate(self, averaging: Averaging, candidate: Candidate, active: Sequence[Tensor]) -> None:
         """From the base's candidate, which is in place, to the weights after the step, which are then."""
-        losses, point = list[Tensor](), origin
+        losses, origin = list[Tensor](), candidate.origin
+        point: Sequence[Tensor] = origin
         for left in range(self.iterations - 2, -1, -1):
             losses.append(averaging.replay())
             place(active, origin)
             final = not (left or self.measure)
-            point = candidate.aim(origin, last=final)
+            point = candidate.aim(last=final)
             averaging.take_gradient(active, candidate, last=left == 0)
             if not final:
                 place(active, point)

@@ -35,6 +35,7 @@ class Candidate:
         parameters: The parameters that are stepped.
 
     Attributes:
+        origin: The parameters' own memory, one tensor per parameter.
         values: Where the base optimizer's step leads, one tensor per parameter.
         large: The places of those parameters that are worked on one by one, small ones that lie out of order included.
 
@@ -46,15 +47,13 @@ class Candidate:
         _check_apart(parameters)
         self._parameters = list(parameters)
         self._kinds = _kinds(parameters)
-        self.values = [parameter.data for parameter in parameters]
-        self._reached = list(self.values)
-        self._blocks: list[_Block] = []
-        for places in _together(self.values):
-            models = [self.values[place] for place in places]
-            after, reached = (torch.empty_like(flattened(models)) for _ in range(2))
-            self._blocks.append(_Block(places, after, reached))
+        self.origin = [parameter.data for parameter in parameters]
+        self.values, self._reached = list(self.origin), list(self.origin)
+        self._blocks = [_Block(places, self.origin) for places in _together(self.origin)]
+        for block in self._blocks:
+            models = [self.origin[place] for place in block.places]
             for place, view, other in zip(
-                places, unflattened(after, models), unflattened(reached, models), strict=True
+                block.places, unflattened(block.after, models), unflattened(block.reached, models), strict=True
             ):
                 self.values[place], self._reached[place] = view, other
         small = {place for block in self._blocks for place in block.places}
@@ -68,26 +67,33 @@ class Candidate:
         self._samples: list[Tensor] = []
         self._ascending: Sequence[int] = ()
         self._descending = False
-        self._aims: tuple[Sequence[Tensor], Sequence[Tensor]] = [], []
+        self._aims: Sequence[Tensor] = []
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether it was made for these parameters as they are."""
         old = self._parameters
-        return len(old) == len(parameters) and all(map(is_, old, parameters)) and self._kinds == _kinds(parameters)
+        if len(old) != len(parameters) or not all(map(is_, old, parameters)):
+            return False
+        if all(map(Tensor.is_set_to, old, self.origin)):
+            return True
+        if self._kinds != _kinds(parameters):
+            return False
+        _check_apart(parameters)
+        self.origin = [parameter.data for parameter in parameters]
+        return True
 
-    def begin(self, before: Sequence[Tensor], *, descending: bool) -> None:
+    def begin(self, *, descending: bool) -> None:
         """Start from w: `values` are equal to it.
 
         Args:
-            before: w, one tensor per parameter.
             descending: Whether the base optimizer's step is known to go against the gradient, weight by weight.
         """
         self._descending = descending
         for block in self._blocks:
-            block.before = joined([before[place] for place in block.places])
+            block.before = block.joined(self.origin)
             block.after.copy_(block.before)
         for place in self.large:
-            self.values[place].copy_(before[place])
+            self.values[place].copy_(self.origin[place])
 
     def note(self, gradients: Sequence[Tensor | None], ascending: Sequence[int]) -> None:
         """Take up the gradients that the base optimizer starts from.
@@ -104,7 +110,7 @@ class Candidate:
         for place in ascending:
             found[place] = -found[place]
         for block in self._blocks:
-            block.signs = joined([found[place] for place in block.places]).sign_()
+            block.signs = block.joined(found).sign_()
         self._gradients = {place: found[place] for place in self.large}
         self._versions = [gradient._version for gradient in self._gradients.values()]
         self._samples = _samples(self._gradients.values())
@@ -129,11 +135,10 @@ class Candidate:
         self._gradients, self._versions, self._samples = {}, [], []
         self.forget()
 
-    def aim(self, before: Sequence[Tensor], *, last: bool) -> Sequence[Tensor]:
+    def aim(self, *, last: bool) -> Sequence[Tensor]:
         """Get ready for a step with the signs of the average gradient.
 
         Args:
-            before: w, one tensor per parameter.
             last: Whether w may be written to, as the weights after this step are those that are kept.
 
         Returns:
@@ -145,9 +150,9 @@ class Candidate:
             self.forget()
         for place in self.large:
             if not last and place not in self._spare:
-                self._spare[place] = torch.empty_like(before[place])
-            reached[place] = before[place] if last else self._spare[place]
-        self._aims = before, reached
+                self._spare[place] = torch.empty_like(self.origin[place])
+            reached[place] = self.origin[place] if last else self._spare[place]
+        self._aims = reached
         return reached
 
     def take(self, place: int, average: Tensor) -> None:
@@ -159,8 +164,8 @@ class Candidate:
         """
         if place in self._ascending:
             average = -average
-        before, reached = self._aims
-        self._signed_in_parts(before[place], self.values[place], self._gradients[place], average, reached[place])
+        before, after, reached = self.origin[place], self.values[place], self._aims[place]
+        self._signed_in_parts(before, after, self._gradients[place], average, reached)
 
     def take_small(self, average: Sequence[Tensor]) -> None:
         """Work out the weights of all small parameters after the step.
@@ -168,14 +173,16 @@ class Candidate:
         Args:
             average: The average gradient, one tensor per parameter; those of large ones are not looked at.
         """
+        found = list(average)
+        for place in set(self._ascending).difference(self.large):
+            found[place] = -found[place]
         for block in self._blocks:
-            signs = joined([-average[place] if place in self._ascending else average[place] for place in block.places])
             before, after, reached = block.before, block.after, block.reached
-            signed_step(before, after, block.signs, signs, reached, descending=self._descending)
+            signed_step(before, after, block.signs, block.joined(found), reached, descending=self._descending)
 
     def forget(self) -> None:
         """Let go of what `aim` gave, if it is much, so that there is room for other things."""
-        self._aims = [], []
+        self._aims = []
         if sum(spare.nbytes for spare in self._spare.values()) > KEPT:
             self._spare = {}
 
@@ -200,13 +207,50 @@ class Candidate:
 
 
 class _Block:
-    """Small tensors end to end: w, w', the signs of g, and where the step led."""
+    """Small tensors of one dtype and device, end to end, those of one shape in a row.
 
-    __slots__ = ("after", "before", "places", "reached", "signs")
+    Args:
+        places: Their places among all.
+        models: All tensors, of which these are some.
 
-    def __init__(self, places: list[int], after: Tensor, reached: Tensor) -> None:
-        self.places, self.after, self.reached = places, after, reached
-        self.before = self.signs = after
+    Attributes:
+        places: As given, but in the order in which they lie.
+        before: w.
+        after: w'.
+        signs: Those of g.
+        reached: Where the step led.
+    """
+
+    def __init__(self, places: Sequence[int], models: Sequence[Tensor]) -> None:
+        rows, self._single = alike(models, places)
+        self.places = [place for row in rows for place in row] + self._single
+        self._rows = list[tuple[list[int], tuple[int, ...], tuple[int, ...], int]]()
+        self._start = 0
+        for row in rows:
+            layout = torch.empty(len(row), *models[row[0]].shape, device="meta")
+            self._rows.append((row, tuple(layout.shape), layout.stride(), self._start))
+            self._start += layout.numel()
+        size = self._start + sum(models[place].numel() for place in self._single)
+        self.after, self.reached = (models[places[0]].new_empty(size) for _ in range(2))
+        self.before = self.signs = self.after
+
+    def joined(self, tensors: Sequence[Tensor]) -> Tensor:
+        """A copy of those of some tensors that have their places here, as they lie here."""
+        joined = torch.empty_like(self.after)
+        for row, shape, stride, start in self._rows:
+            torch.stack([tensors[place] for place in row], out=joined.as_strided(shape, stride, start))
+        if self._single:
+            joined[self._start :] = flattened([tensors[place] for place in self._single])
+        return joined
+
+
+def alike(tensors: Sequence[Tensor], places: Iterable[int]) -> tuple[list[list[int]], list[int]]:
+    """The places of tensors of one shape, which one call copies, and of those whose shape no other has."""
+    groups: dict[torch.Size, list[int]] = {}
+    for place in places:
+        groups.setdefault(tensors[place].shape, []).append(place)
+    rows = [group for group in groups.values() if len(group) > 1]
+    return rows, [group[0] for group in groups.values() if len(group) == 1]
 
 
 def _check_apart(parameters: Sequence[Tensor]) -> None:
@@ -247,14 +291,6 @@ def _some(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous():
         return tensor.as_strided((8, 32), (apart, 1))
     return tensor.reshape(-1)[: apart * 8].view(8, -1)[:, :32]
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """A copy of tensors of one type, end to end."""
-    if len(tensors) > 1:
-        return flattened(tensors)
-    # Of a single tensor torch would make no copy.
-    return tensors[0].detach().clone(memory_format=torch.contiguous_format).view(-1)
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
