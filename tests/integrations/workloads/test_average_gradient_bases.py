@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from gradmon._errors import GradmonError
 from gradmon_integrations.workloads.average_gradient import AverageGradient
 from gradmon_integrations.workloads.average_gradient.update import signed_step
 from tests.integrations.workloads.average_models import assert_same, batch, chain, closure_of, state_of
@@ -192,3 +193,48 @@ def test_a_small_gradient_out_of_order_that_is_written_to_is_found_again() -> No
         AverageGradient(make([weight])).step(lambda weight=weight: torch.tanh(weight).square().sum())
         found.append(weight.detach())
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data * 2,
+        lambda data: (data * 2).T.contiguous().T,
+        lambda data: data[:, :4],
+        lambda data: data[:, :4].clone(),
+        lambda data: data.T,
+        lambda data: data.float(),
+    ],
+    ids=["values", "order", "part", "copy of a part", "view", "type"],
+)
+@pytest.mark.parametrize("size", [6, 150])
+def test_weights_whose_data_is_exchanged_between_steps_are_stepped_from_there(
+    size: int, change: Callable[[Tensor], Tensor]
+) -> None:
+    def loss(weights: list[Tensor]) -> Tensor:
+        return sum((torch.tanh(weight).square().mean() for weight in weights), torch.zeros(()))
+
+    generator = torch.Generator().manual_seed(0)
+    weights = [nn.Parameter(torch.randn(size, size, generator=generator).double()) for _ in range(3)]
+    optimizer = AverageGradient(torch.optim.SGD(weights, lr=0.5), iterations=3)
+    for _ in range(2):
+        optimizer.step(lambda: loss(weights))
+    old = weights[1].data
+    kept = old.clone()
+    weights[1].data = change(old)
+    fresh = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    AverageGradient(torch.optim.SGD(fresh, lr=0.5), iterations=3).step(lambda: loss(fresh))
+    optimizer.step(lambda: loss(weights))
+    for weight, expected in zip(weights, fresh, strict=True):
+        assert torch.equal(weight, expected)
+    if weights[1].untyped_storage().data_ptr() != old.untyped_storage().data_ptr():
+        assert torch.equal(old, kept)
+
+
+def test_weights_that_come_to_share_memory_are_found_out() -> None:
+    first, second = (nn.Parameter(torch.randn(4, 4)) for _ in range(2))
+    optimizer = AverageGradient(torch.optim.SGD([first, second], lr=0.1))
+    optimizer.step(lambda: torch.tanh(first @ second).square().sum())
+    second.data = first.data
+    with pytest.raises(GradmonError, match="Two parameters share memory"):
+        optimizer.step(lambda: torch.tanh(first @ second).square().sum())

@@ -356,14 +356,21 @@ def test_a_state_that_was_handed_to_another_parameter_is_put_back_there() -> Non
     assert torch.equal(base.state[held[0]]["momentum_buffer"], momentum)
 
 
+@pytest.mark.parametrize("alike", [False, True])
 @pytest.mark.parametrize(
-    ("size", "change"), [(6, lambda data: data[:4]), (6, lambda data: data.T), (150, lambda data: data.double() / 3)]
+    ("size", "change"),
+    [
+        (6, lambda data: data[:4]),
+        (6, lambda data: data.T),
+        (6, lambda data: data.double() / 3),
+        (150, lambda data: data.double() / 3),
+    ],
 )
 def test_a_state_whose_data_is_another_view_or_of_another_type_is_put_back(
-    size: int, change: Callable[[Tensor], Tensor]
+    size: int, change: Callable[[Tensor], Tensor], alike: bool
 ) -> None:
     torch.manual_seed(0)
-    first, second = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.randn(size, 2))
+    first, second = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.randn(size, size if alike else 2))
     base = torch.optim.SGD([first, second], lr=0.1, momentum=0.9)
     optimizer = AverageGradient(base)
 

@@ -16,7 +16,7 @@ class Call:
 
     Attributes:
         form: What was called.
-        shape: Of its input.
+        shape: Of its input; None where that of another call may be another.
         options: Its other arguments, without tensors.
         weight: The weight of a linear function.
         lasting: Whether the weight is a parameter.
@@ -33,6 +33,7 @@ class Call:
 
     x: Tensor | None = None
     y: Tensor | None = None
+    lasting = False
     versions = (0, 0)
     inner: Any = None
     outer: Any = None
@@ -41,10 +42,11 @@ class Call:
     near: Tensor | None = None
     received: Tensor | None = None
 
-    def __init__(self, form: Form, shape: torch.Size, options: tuple[Any, ...], weight: Tensor | None) -> None:
+    def __init__(self, form: Form, shape: torch.Size | None, options: Any, weight: Tensor | None) -> None:
         self.form, self.shape, self.options, self.weight = form, shape, options, weight
-        # The first question is far quicker than the second, and mostly settles it.
-        self.lasting = type(weight) is nn.Parameter or (weight is not None and isinstance(weight, nn.Parameter))
+        if weight is not None:
+            # The first question is far quicker than the second, and mostly settles it.
+            self.lasting = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
 
     def keep(self, x: Tensor, y: Tensor) -> None:
         """Keep input and output."""

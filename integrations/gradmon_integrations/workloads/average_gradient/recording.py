@@ -47,7 +47,7 @@ class Recorder:
     """
 
     def __init__(self, table: Table, *, copying: bool) -> None:
-        self._table, self.copying = table, copying
+        self._table, self._midpoint, self.copying = table, table.midpoint, copying
         self.calls: list[Call] = []
         self.opaque = False
         self._others, self._statistics = 0, list[int]()
@@ -94,12 +94,11 @@ class Recorder:
             What the call returns.
         """
         x, weight = operands(args, kwargs)
-        call = Call(form, x.shape, (), weight)
-        self.calls.append(call)
-        if len(self.calls) == 1 and not x.requires_grad:
+        call = Call(form, x.shape if self._midpoint else None, None, weight)
+        if not self.calls and not x.requires_grad:
             call.x = x  # the data: it must be the same in the replay
-        curved = self._table.midpoint and torch.is_grad_enabled()
-        if not (curved and (x.requires_grad or weight.requires_grad)):
+        self.calls.append(call)
+        if not (self._midpoint and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return function(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
         call.middle = Midpoint(function, list(args[2:]), named)
@@ -125,8 +124,9 @@ class Recorder:
         self.calls.append(call)
         if not (x.requires_grad and torch.is_grad_enabled()):
             return function(x, *rest, **kwargs)
-        if x.dtype not in (torch.float32, torch.float64):
-            raise GradmonError(_HALF_WHY.format(name=form.name, dtype=x.dtype))
+        dtype = x.dtype
+        if dtype is not torch.float32 and dtype is not torch.float64:
+            raise GradmonError(_HALF_WHY.format(name=form.name, dtype=dtype))
         if form.apart is None and not kwargs.get("inplace"):
             y = self._traced(call, form, function, x, rest, kwargs)
             if self.copying:
@@ -192,7 +192,7 @@ class Replayer:
             ReplayError: The first pass called something else, or had other data.
         """
         x, weight = operands(args, kwargs)
-        call = self._next(form, x, (), weight)
+        call = self._next(form, x, None, weight)
         if call.x is not None and not _same(call.x, x):
             raise ReplayError(_OTHER_DATA)
         if call.middle is not None and not self._restoring:
@@ -224,7 +224,7 @@ class Replayer:
             call.between(before, y)
         return y
 
-    def _next(self, form: Form, x: Tensor, options: tuple[Any, ...], weight: Tensor | None) -> Call:
+    def _next(self, form: Form, x: Tensor, options: Any, weight: Tensor | None) -> Call:
         """The call of the first pass that this one must be."""
         place, self._place = self._place, self._place + 1
         if place >= len(self._calls):
@@ -232,7 +232,7 @@ class Replayer:
         call = self._calls[place]
         if call.form.key is not form.key:
             raise ReplayError(f"{_DIFFERS} Call {place + 1} was {call.form.name}, and is now {form.name}.")
-        if call.shape != x.shape:
+        if call.shape is not None and call.shape != x.shape:
             shapes = f"{tuple(call.shape)}, and is now given {tuple(x.shape)}"
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, was given {shapes}.")
         if call.lasting and call.weight is not weight:
@@ -260,10 +260,10 @@ def operands(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return args[0] if args else kwargs["input"], kwargs["weight"]
 
 
-def _plain(options: tuple[Any, ...]) -> Any:
+def _plain(options: Any) -> Any:
     """Options that can be compared: positional and by name, with Python's own defaults of "not in place" left out."""
-    if not options:
-        return options
+    if options is None:
+        return None
     rest, kwargs = options
     return [str(value) for value in rest], {n: str(value) for n, value in kwargs.items() if n != "inplace"}
 

@@ -53,15 +53,15 @@ class Secants:
             return False
         if not (x_after.is_contiguous() and y_after.is_contiguous() and x.is_contiguous() and y.is_contiguous()):
             return False
-        dtype = x_after.dtype
-        if not (dtype is y_after.dtype and dtype is x.dtype and dtype is y.dtype):
+        dtype, on_cpu = x_after.dtype, x_after.is_cpu
+        if not dtype is y_after.dtype is x.dtype is y.dtype:
             return False
         if size > SMALL:
-            if not x_after.is_cpu:
+            if not on_cpu:
                 return False
             self._large(call, x, y, x_after, y_after)
             return True
-        kind = call.shape, dtype, x_after.device
+        kind = call.shape, dtype, on_cpu or x_after.device
         group = self._waiting.get(kind)
         if group is None:
             group = self._waiting[kind] = _Group()
@@ -129,7 +129,7 @@ class _Group:
 
 def _together(group: _Group) -> None:
     differences = torch.stack(group.after).sub_(torch.stack(group.before))
-    moved, slopes = differences[::2], differences[1::2]
+    moved, slopes = differences.unflatten(0, (-1, 2)).unbind(1)
     near = resting(moved)
     slopes.div_(moved.add_(near))
     # On other devices a look at numbers would have to wait for all that was started before.

@@ -94,7 +94,8 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, table: Table, watcher: Watcher) -> None:
         super().__init__()
-        self._watched, self._watcher = table.watched, watcher
+        self._watched = table.watched
+        self._linear, self._nonlinear, self._other = watcher.linear, watcher.nonlinear, watcher.other
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass a call on, and tell of it if it is one to watch."""
@@ -104,15 +105,15 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         form = self._watched.get(func)
         if form is None:
-            self._watcher.other(func, args)
+            self._other(func, args)
             return func(*args, **kwargs)
         if form.linear:
-            return self._watcher.linear(form, func, args, kwargs)
+            return self._linear(form, func, args, kwargs)
         if args:
-            return self._watcher.nonlinear(form, func, args[0], args[1:], kwargs)
+            return self._nonlinear(form, func, args[0], args[1:], kwargs)
         first = _first(func, kwargs)
         named = {name: value for name, value in kwargs.items() if name != first}
-        return self._watcher.nonlinear(form, func, kwargs[first], (), named)
+        return self._nonlinear(form, func, kwargs[first], (), named)
 
 
 def _first(function: Any, named: Mapping[str, Any]) -> str:
