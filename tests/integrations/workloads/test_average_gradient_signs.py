@@ -27,16 +27,18 @@ def numbers(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return w, g, a
 
 
-def stepped(w: Tensor, after: Tensor, g: Tensor, a: Tensor, **options: Any) -> Tensor:
+def stepped(w: Tensor, after: Tensor, g: Tensor | None, a: Tensor) -> Tensor:
     out = torch.empty_like(w)
-    signed_step(w, after, g, a, out, **options)
+    signed_step(w, after, g, a, out)
     return out
 
 
-def with_a_nan(w: Tensor, after: Tensor, g: Tensor, a: Tensor) -> Tensor:
+def with_a_nan(w: Tensor, after: Tensor, g: Tensor | None, a: Tensor) -> Tensor:
     """The form that can deal with numbers that are not finite."""
-    rest = [torch.cat([each, torch.ones(1, dtype=each.dtype)]) for each in (w, after, g)]
-    return stepped(*rest, torch.cat([a, torch.full((1,), torch.nan, dtype=a.dtype)]))[:-1]
+    w, after, g = (
+        each if each is None else torch.cat([each, torch.ones(1, dtype=each.dtype)]) for each in (w, after, g)
+    )
+    return stepped(w, after, g, torch.cat([a, torch.full((1,), torch.nan, dtype=a.dtype)]))[:-1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -53,8 +55,17 @@ def test_all_forms_give_the_same_bits_and_what_the_definition_says(seed: int, dt
     assert torch.equal(found[(a == 0) & (g != 0)], w[(a == 0) & (g != 0)])
     after = w - 0.1 * noise.abs() * g.sign()
     found = stepped(w, after, g, a)
-    assert torch.equal(found, stepped(w, after, g, a, descending=True))
-    assert torch.equal(found, with_a_nan(w, after, g, a))
+    for known in (g, None):
+        assert torch.equal(found, stepped(w, after, known, a))
+        assert torch.equal(found, with_a_nan(w, after, known, a))
+
+
+def test_where_the_base_steps_to_what_is_not_a_number_so_does_the_average_gradient() -> None:
+    weight, still = torch.nn.Parameter(torch.randn(4)), torch.nn.Parameter(torch.ones(4))
+    base = torch.optim.RMSprop([weight, still], lr=0.1, eps=0.0)  # it divides the gradient 0 by 0
+    AverageGradient(base).step(lambda: torch.tanh(weight).sum() + 0 * still.sum())
+    assert not still.isfinite().any()
+    assert weight.isfinite().all()
 
 
 BASES: dict[str, tuple[Any, dict[str, Any]]] = {

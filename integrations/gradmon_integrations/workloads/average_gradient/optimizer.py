@@ -259,30 +259,32 @@ class AverageGradient(Optimizer):
             if candidate is None or not candidate.fits(active):
                 candidate = self._candidate = Candidate(active)
             origin = candidate.origin
-            ascending, descending = self._ascending(active), descends(self.base)
-            # Behind the hooks of others, which may change the gradients, and before the base, which may, too.
-            note = self.base.register_step_pre_hook(
-                lambda *_: candidate.note([parameter.grad for parameter in active], ascending)
-            )
             try:
-                candidate.begin(descending=descending)
+                candidate.begin(self._ascending(active))
                 place(active, candidate.values)
+                # Behind the hooks of others, which may change the gradients, and before the base, which may, too.
+                noting = (
+                    nullcontext()
+                    if descends(self.base)
+                    else self.base.register_step_pre_hook(
+                        lambda *_: candidate.note([parameter.grad for parameter in active])
+                    )
+                )
                 # The graph still needs these parameters, and will find them as they were.
-                with cast("Any", torch.autograd)._unsafe_preserve_version_counter(tuple(active)):
+                with noting, cast("Any", torch.autograd)._unsafe_preserve_version_counter(tuple(active)):
                     self.base.step()
                 after = RandomStates(all_kinds=self._all_random)
                 gradients = [parameter.grad for parameter in active]
                 candidate.collect(active)
                 if candidate.lost:
                     place(active, origin)
-                    candidate.note(averaging.gradient(active, last=False), ascending)
+                    candidate.note(averaging.gradient(active, last=False))
                     place(active, candidate.values)
                 self._iterate(averaging, candidate, active)
             except BaseException:
                 place(active, origin)
                 raise
             finally:
-                note.remove()
                 candidate.release()
             torch.autograd.graph.increment_version(active)
             for parameter, gradient in zip(active, gradients, strict=True):

@@ -66,7 +66,6 @@ class Candidate:
         self._versions: list[int] = []
         self._samples: list[Tensor] = []
         self._ascending: Sequence[int] = ()
-        self._descending = False
         self._aims: Sequence[Tensor] = []
 
     def fits(self, parameters: Sequence[Tensor]) -> bool:
@@ -82,32 +81,30 @@ class Candidate:
         self.origin = [parameter.data for parameter in parameters]
         return True
 
-    def begin(self, *, descending: bool) -> None:
+    def begin(self, ascending: Sequence[int]) -> None:
         """Start from w: `values` are equal to it.
 
         Args:
-            descending: Whether the base optimizer's step is known to go against the gradient, weight by weight.
+            ascending: The places of those parameters that are stepped along their gradients.
         """
-        self._descending = descending
+        self._ascending = ascending
         for block in self._blocks:
-            block.before = block.joined(self.origin)
+            block.before, block.signs = block.joined(self.origin), None
             block.after.copy_(block.before)
         for place in self.large:
             self.values[place].copy_(self.origin[place])
 
-    def note(self, gradients: Sequence[Tensor | None], ascending: Sequence[int]) -> None:
-        """Take up the gradients that the base optimizer starts from.
+    def note(self, gradients: Sequence[Tensor | None]) -> None:
+        """Take up the gradients that the base optimizer starts from, unless it is known to step against them.
 
         Args:
             gradients: One per parameter; None where it is not to be stepped after all.
-            ascending: The places of those parameters that are stepped along their gradients.
         """
         found = [
             torch.zeros_like(value) if gradient is None else gradient
             for gradient, value in zip(gradients, self.values, strict=True)
         ]
-        self._ascending = ascending
-        for place in ascending:
+        for place in self._ascending:
             found[place] = -found[place]
         for block in self._blocks:
             block.signs = block.joined(found).sign_()
@@ -165,7 +162,7 @@ class Candidate:
         if place in self._ascending:
             average = -average
         before, after, reached = self.origin[place], self.values[place], self._aims[place]
-        self._signed_in_parts(before, after, self._gradients[place], average, reached)
+        self._signed_in_parts(before, after, self._gradients.get(place), average, reached)
 
     def take_small(self, average: Sequence[Tensor]) -> None:
         """Work out the weights of all small parameters after the step.
@@ -177,8 +174,7 @@ class Candidate:
         for place in set(self._ascending).difference(self.large):
             found[place] = -found[place]
         for block in self._blocks:
-            before, after, reached = block.before, block.after, block.reached
-            signed_step(before, after, block.signs, block.joined(found), reached, descending=self._descending)
+            signed_step(block.before, block.after, block.signs, block.joined(found), block.reached)
 
     def forget(self) -> None:
         """Let go of what `aim` gave, if it is much, so that there is room for other things."""
@@ -186,24 +182,26 @@ class Candidate:
         if sum(spare.nbytes for spare in self._spare.values()) > KEPT:
             self._spare = {}
 
-    def _signed_in_parts(self, *tensors: Tensor) -> None:
+    def _signed_in_parts(
+        self, before: Tensor, after: Tensor, gradient: Tensor | None, average: Tensor, out: Tensor
+    ) -> None:
         """`signed_step` of a large tensor, some elements at a time; at once where its tensors do not lie alike."""
-        if not tensors[0].is_cpu or not all(tensor.is_contiguous() for tensor in tensors):
-            before, after, gradient, average, out = tensors
-            signed_step(before, after, gradient, average, out, descending=self._descending)
+        tensors = [tensor for tensor in (before, after, average, out, gradient) if tensor is not None]
+        if not before.is_cpu or not all(tensor.is_contiguous() for tensor in tensors):
+            signed_step(before, after, gradient, average, out)
             return
-        dtype = tensors[0].dtype
+        dtype = before.dtype
         if dtype not in self._rooms:
             self._rooms[dtype] = [torch.empty(_CHUNK, dtype=dtype, device="cpu") for _ in range(3)]
-        rooms, written = self._rooms[dtype], tensors[0] is tensors[4]
-        for before, after, gradient, average, out in zip(
+        rooms, written = self._rooms[dtype], before is out
+        for some_before, some_after, some_average, some_out, *some_gradient in zip(
             *(tensor.view(-1).split(_CHUNK) for tensor in tensors), strict=True
         ):
-            size = before.numel()
+            size = some_before.numel()
             some = [room if size == _CHUNK else room[:size] for room in rooms]
             if not written:
-                some[1] = out  # it has room for what leads to it
-            signed_step(before, after, gradient, average, out, some, descending=self._descending)
+                some[1] = some_out  # it has room for what leads to it
+            signed_step(some_before, some_after, next(iter(some_gradient), None), some_average, some_out, some)
 
 
 class _Block:
@@ -217,7 +215,7 @@ class _Block:
         places: As given, but in the order in which they lie.
         before: w.
         after: w'.
-        signs: Those of g.
+        signs: Those of g, if they are wanted.
         reached: Where the step led.
     """
 
@@ -232,7 +230,7 @@ class _Block:
             self._start += layout.numel()
         size = self._start + sum(models[place].numel() for place in self._single)
         self.after, self.reached = (models[places[0]].new_empty(size) for _ in range(2))
-        self.before = self.signs = self.after
+        self.before, self.signs = self.after, cast("Tensor | None", None)
 
     def joined(self, tensors: Sequence[Tensor]) -> Tensor:
         """A copy of those of some tensors that have their places here, as they lie here."""
@@ -345,43 +343,40 @@ def _group_descends(group: dict[str, Any]) -> bool:
 def signed_step(
     before: Tensor,
     after: Tensor,
-    gradient: Tensor,
+    gradient: Tensor | None,
     average: Tensor,
     out: Tensor,
     rooms: Sequence[Tensor] | tuple[None, None, None] = (None, None, None),
-    *,
-    descending: bool = False,
 ) -> None:
     """The weights after a step of the base's lengths whose signs are those of the average gradient.
 
-    Where a has the sign of g, the base's own step stands, bit by bit, and so it does where a is not a number, or where
-    the base went against a in any case. Elsewhere a weight goes as far the other way, or stays where a is zero.
+    Where a has the sign of g, the base's own step stands, bit by bit, and so it does where a or w' is not a number, or
+    where the base went against a in any case. Elsewhere a weight goes as far the other way, or stays where a is zero.
 
     Args:
         before: w, any shape.
         after: w', where the base optimizer would go.
-        gradient: g, from which it would go there, or sgn(g).
+        gradient: g, from which it would go there, or sgn(g); None where each w' is known to lie against g from w, if it
+            is not w.
         average: a.
         out: Where to write; may be w itself.
         rooms: Three tensors to work in, if there are any; the second may be `out` where that is not w.
-        descending: Whether each w' is known to lie against g from w, if it is not w: it takes half the calls.
     """
     # Where each weight goes: 1 to w', 0 stays, -1 as far the other way. Numbers, since choosing by booleans is slow.
     wanted = torch.sign(average, out=rooms[0])
-    where = torch.sign(gradient, out=rooms[1])
-    if descending:
-        where.mul_(wanted)
-    else:
-        agree = torch.threshold_(torch.eq(where, wanted, out=where), 0.5, -1)  # 1 where the signs agree, -1 where not
-        where = torch.sub(before, after, out=rooms[2]).sign_().mul_(wanted)
+    where = torch.sub(before, after, out=rooms[1]).sign_().mul_(wanted)
+    if gradient is not None:
+        agree = torch.sign(gradient, out=rooms[2])
+        agree = torch.threshold_(torch.eq(agree, wanted, out=agree), 0.5, -1)  # 1 where the signs agree, -1 where not
         torch.maximum(where, agree, out=where)
     # One number for both: it is finite only if all of a and w' are. On other devices that would be waited for.
     if average.is_cpu and math.isfinite(torch.dot(average, after) if average.ndim == 1 else (average * after).sum()):
         # At weights 0 and 1 `lerp` returns its ends as they are.
         torch.lerp(before, after, where, out=out)
         return
-    wanted = torch.where(average.isnan(), gradient, average).sign_()
-    moved = torch.sub(after, before)
+    wanted, moved = average.sign(), torch.sub(after, before)
+    stands = average.isnan() | moved.isnan() | (wanted * moved < 0)
+    if gradient is not None:
+        stands |= wanted == gradient.sign()
     turned = torch.where(wanted == 0, before, torch.sub(after, moved, alpha=2))
-    stands = (wanted == torch.sign(gradient)) | (wanted * moved < 0)
     out.copy_(torch.where(stands, after, turned))
