@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
@@ -133,7 +134,8 @@ def _evidence(swept: Sequence[Swept], epsilon: float) -> InputSweep:
 
 
 def _share(scene: Scene, engine: PerExample, example: int, delta: Tensor | None) -> Tensor:
-    taken = engine.run(Wanted(gram=False, example=example), delta=delta)
+    with _elsewhere("" if delta is None else " at perturbed inputs"):
+        taken = engine.run(Wanted(gram=False, example=example), delta=delta)
     return working(scene.objective.weights.flatten(taken.share))
 
 
@@ -145,7 +147,19 @@ def _pull(scene: Scene, engine: PerExample, start: Tensor, example: int, u: Tens
         return torch.zeros_like(start[example])
     radius = _PULL_SCALE * length(weights.flatten(base)) / size
     moved = [value + part * radius for value, part in zip(base, weights.unflatten(u), strict=True)]
-    return engine.run(Wanted(gram=False), values=moved).inputs()[1][example] - start[example]
+    with _elsewhere(" at perturbed weights"):
+        return engine.run(Wanted(gram=False), values=moved).inputs()[1][example] - start[example]
+
+
+@contextlib.contextmanager
+def _elsewhere(where: str) -> Generator[None]:
+    """A context that says of a gradient that is not finite where it is not: the batch's own is."""
+    try:
+        yield
+    except Unavailable as missing:
+        if missing.reason == "non-finite gradient":
+            raise Unavailable(f"{missing.reason}{where}") from missing
+        raise
 
 
 def _padded(rows: list[list[float]]) -> Tensor:

@@ -13,7 +13,7 @@ from gradmon._evidence import GradientMoments, InputGradients, PerExampleGradien
 from gradmon._parameters import Weights
 from gradmon._tensors import gram
 from gradmon.per_example import PerExampleResult, Wanted
-from gradmon.probes.pooling import pooled_inputs
+from gradmon.probes.pooling import ENDLESS_INPUTS, pooled_inputs
 from gradmon.probes.scene import Scene
 
 
@@ -88,7 +88,7 @@ def input_evidence(gradients: Tensor) -> InputGradients:
         Unavailable: They are not finite.
     """
     if not bool(torch.isfinite(gradients).all()):
-        raise Unavailable("non-finite gradient")
+        raise Unavailable(ENDLESS_INPUTS)
     rows = gradients.reshape(len(gradients), -1)
     return InputGradients(gram=gram(rows), total=rows.shape[1])
 

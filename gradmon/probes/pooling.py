@@ -18,6 +18,8 @@ from gradmon._tensors import wide, working
 from gradmon.per_example import Pass, PerExample, PerExampleResult, Wanted
 from gradmon.team import Team
 
+ENDLESS_INPUTS = "non-finite gradient with respect to the inputs"
+"""Why nothing can be had of the inputs' gradients; those of the weights may be finite all the same."""
 _COLUMNS = 1 << 18
 """How many coordinates are widened at a time."""
 
@@ -144,7 +146,7 @@ def pooled_inputs(team: Team, found: Callable[[], tuple[Tensor, Tensor]]) -> Inp
     rows = own.flatten(1) * team.factor
     gram = team.gram(rows, team.examples)
     if not math.isfinite(float(gram.sum())):
-        raise Unavailable("non-finite gradient")
+        raise Unavailable(ENDLESS_INPUTS)
     return InputGradients(gram=gram, total=rows.shape[1])
 
 

@@ -5,8 +5,10 @@ import math
 import re
 
 import pytest
+import torch
+from torch import nn
 
-from gradmon import METRICS, ArgumentError, Reading
+from gradmon import METRICS, ArgumentError, Reading, measure
 from gradmon.alerts import Above, Below, Drift, NonFinite, Rule, default_rules
 from gradmon.metrics import OWN
 
@@ -97,6 +99,19 @@ def test_nonfinite_leaves_other_missing_numbers_alone():
     for reason in ("zero gradient", "batch of one", "rounding: relative error about 0.7 at scale 1e-07", None):
         assert rule(Reading("loss", math.nan, 1, reason=reason)) is None
     assert rule(Reading("noise_scale", math.inf, 1, reason="no signal above the noise")) is None
+
+
+def test_nonfinite_leaves_alone_what_is_not_finite_at_the_inputs_only():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x, y = torch.randn(4, 3).double().relu(), torch.randn(4, 2).double()  # a root is steep without end at 0
+    loss = lambda model, batch: (model(batch[0].sqrt()) - batch[1]).square().mean()  # noqa: E731
+    found = measure(model, loss, (x, y), metrics=["loss", "grad_norm", "input_gradient_rank", "input_condition"])
+    assert math.isfinite(found["grad_norm"].value)
+    assert found["input_gradient_rank"].reason == "non-finite gradient with respect to the inputs"
+    assert found["input_condition"].reason == "non-finite gradient at perturbed inputs"
+    rule = NonFinite()
+    assert [alert for reading in found.values() if (alert := rule(reading))] == []
 
 
 # --- drift ---------------------------------------------------------------------------------------------------------
