@@ -43,7 +43,7 @@ class Alert(NamedTuple):
         step: The step of that reading.
         layer: Its layer, if it has one.
         message: What was seen, in words, with the number and the limit.
-        remedy: What to change.
+        remedy: What to change; empty where the alert has resolved.
         blame: The layers that have the largest parts in it, at most three, the largest first.
     """
 

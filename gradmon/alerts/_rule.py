@@ -111,13 +111,15 @@ class Switching(ABC):
         message, blame = found.message(), () if firing else reading.blame
         if blame:
             message += f" Mostly in {', '.join(f'`{name}`' for name in blame)}."
-        remedy = self.remedy if isinstance(self.remedy, str) else self._advice(self.remedy, reading)
+        remedy = "" if firing else self._advice(reading)
         return Alert(self.name, self.severity, state, reading.value, reading.step, layer, message, remedy, blame)
 
-    def _advice(self, remedy: Callable[[Reading, Mapping[str, float]], str], reading: Reading) -> str:
-        """What a remedy says; that it fails is no reason to lose the alert."""
+    def _advice(self, reading: Reading) -> str:
+        """What the remedy says; that it fails is no reason to lose the alert."""
+        if isinstance(self.remedy, str):
+            return self.remedy
         try:
-            return str(remedy(reading, dict(self._known)))
+            return str(self.remedy(reading, dict(self._known)))
         except Exception as error:
             return f"The rule's remedy failed: {type(error).__name__}: {error}"
 
@@ -159,6 +161,16 @@ def check_limit(name: str, limit: object) -> None:
     """
     if isinstance(limit, bool) or not isinstance(limit, (int, float)) or math.isnan(limit):
         raise ArgumentError(name, "be a number", limit)
+
+
+def apart(value: float, limit: float) -> tuple[str, str]:
+    """A number and a limit, in four digits, or in as many as tell them apart."""
+    told = f"{value:.4g}", f"{limit:.4g}"
+    for digits in range(5, 18):
+        if told[0] != told[1] or value == limit:
+            break
+        told = f"{value:.{digits}g}", f"{limit:.{digits}g}"
+    return told
 
 
 def speaks_of(reading: Reading, metric: str) -> bool:

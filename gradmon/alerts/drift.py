@@ -21,6 +21,7 @@ from gradmon.alerts._rule import (
 )
 
 Direction = Literal["up", "down", "both"]
+_FAR: dict[Direction, str] = {"up": "far above", "down": "far below", "both": "far from"}
 
 
 class Drift(Switching):
@@ -99,10 +100,8 @@ class Drift(Switching):
         else:
             self._off.clear()
             self._remember(reading.value)
-        return Judgement(
-            bad,
-            lambda: f"{self.metric} is {reading.value:.4g}, {'far from' if bad else 'near'} its median {centre:.4g}.",
-        )
+        side = f"{'' if bad else 'not '}{_FAR[self.direction]}"
+        return Judgement(bad, lambda: f"{self.metric} is {reading.value:.4g}, {side} its median {centre:.4g}.")
 
     def _remember(self, value: float) -> None:
         if math.isfinite(value):

@@ -6,7 +6,7 @@ import math
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Alert, Reading, Severity
-from gradmon.alerts._rule import Judgement, Remedy, Switching, check_limit, check_metric, speaks_of
+from gradmon.alerts._rule import Judgement, Remedy, Switching, apart, check_limit, check_metric, speaks_of
 
 _LENGTHS = ("loss", "grad_norm")
 
@@ -54,9 +54,7 @@ class Above(Switching):
         if not speaks_of(reading, self.metric):
             return None
         bad = reading.value > self.limit
-        return Judgement(
-            bad, lambda: f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}above {self.limit:.4g}."
-        )
+        return Judgement(bad, lambda: _told(reading, "above" if bad else "not above", self.limit))
 
 
 class Below(Switching):
@@ -97,9 +95,7 @@ class Below(Switching):
         if not speaks_of(reading, self.metric):
             return None
         bad = reading.value < self.limit
-        return Judgement(
-            bad, lambda: f"{self.metric} is {reading.value:.4g}, {'' if bad else 'not '}below {self.limit:.4g}."
-        )
+        return Judgement(bad, lambda: _told(reading, "below" if bad else "not below", self.limit))
 
 
 class Outside(Switching):
@@ -148,8 +144,8 @@ class Outside(Switching):
             return Judgement(
                 False, lambda: f"{self.metric} is {reading.value:.4g}, within {self.low:.4g} and {self.high:.4g}."
             )
-        side = f"below {self.low:.4g}" if reading.value < self.low else f"above {self.high:.4g}"
-        return Judgement(True, lambda: f"{self.metric} is {reading.value:.4g}, {side}.")
+        side, limit = ("below", self.low) if reading.value < self.low else ("above", self.high)
+        return Judgement(True, lambda: _told(reading, side, limit))
 
 
 class NonFinite(Switching):
@@ -188,3 +184,8 @@ class NonFinite(Switching):
             return None
         bad = math.isinf(reading.value)
         return Judgement(bad, lambda: f"The {reading.name} is {reading.value:.4g}.")
+
+
+def _told(reading: Reading, side: str, limit: float) -> str:
+    value, limited = apart(reading.value, limit)
+    return f"{reading.name} is {value}, {side} {limited}."

@@ -75,7 +75,10 @@ def _lower(known: Known, factor: float) -> str:
     rate = known.get("learning_rate", math.nan)
     if not (math.isfinite(rate) and rate > 0 and 0 < factor < 1):
         return "lower the learning rate"
-    return f"lower the learning rate from {rate:.3g} to about {_round(rate * factor):g}"
+    if factor > 0.9:
+        return f"lower the learning rate a little{_now(known)}"
+    lower = _round(rate * factor, 1 if factor < 0.6 else 2)  # one digit is too coarse for a small change
+    return f"lower the learning rate from {rate:.3g} to about {lower:g}"
 
 
 def _now(known: Known) -> str:
@@ -83,10 +86,13 @@ def _now(known: Known) -> str:
     return f" (it is {rate:.3g} now)" if math.isfinite(rate) else ""
 
 
-def _round(value: float) -> float:
-    """To one significant digit."""
-    return float(f"{value:.0e}")
+def _round(value: float, digits: int = 1) -> float:
+    """To so many significant digits."""
+    return float(f"{value:.{digits - 1}e}")
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.3g} %" if math.isfinite(value) else "more than all"
+    percent = _round(100 * value, 3) if math.isfinite(value) else math.inf
+    if percent >= 1e6:
+        return "more than all"
+    return f"{percent:.0f} %" if percent >= 100 else f"{percent:g} %"

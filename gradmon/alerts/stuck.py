@@ -8,7 +8,7 @@ from typing import Any
 
 from gradmon._errors import ArgumentError
 from gradmon._reading import Reading, Severity
-from gradmon.alerts._rule import Judgement, Remedy, Switching, check_count, check_metric, speaks_of
+from gradmon.alerts._rule import Judgement, Remedy, Switching, apart, check_count, check_metric, speaks_of
 
 CHANCE = "preflight_chance"
 """The reading that tells the loss at chance, where a rule is not told."""
@@ -73,13 +73,13 @@ class Stuck(Switching):
         bad = reading.value > limit
         # What has once learned something may rise again, but that is not what this rule is about.
         self._over = not bad and not self._firing.get(None, False)
-        return Judgement(
-            bad,
-            lambda: (
-                f"The {self.metric} is {reading.value:.4g} at step {reading.step}, "
-                f"{'still above' if bad else 'now below'} {limit:.4g}: a guess has {chance:.4g}."
-            ),
-        )
+
+        def message() -> str:
+            value, limited = apart(reading.value, limit)
+            side = "still above" if bad else "now below"
+            return f"The {self.metric} is {value} at step {reading.step}, {side} {limited}: a guess has {chance:.4g}."
+
+        return Judgement(bad, message)
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""

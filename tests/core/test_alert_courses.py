@@ -189,6 +189,36 @@ def test_remedy_for_an_update():
     assert alert.remedy.endswith("(it is 0.1 now).")
 
 
+def test_no_remedy_once_it_has_resolved():
+    rule = rule_named("update_ratio_out_of_range")
+    found = [rule(Reading("update_ratio", value)) for value in (0.5, 0.5, 1e-3, 1e-3)]
+    assert [alert.state for alert in found if alert] == ["firing", "resolved"]
+    assert found[-1].message == "update_ratio is 0.001, within 1e-08 and 0.1."
+    assert found[-1].remedy == ""
+
+
+@pytest.mark.parametrize("rate", [2.8e-3, 1.6e-3, 1e-3, 4.83])
+@pytest.mark.parametrize("destroyed", [0.401, 0.42, 0.45, 0.5, 0.7])
+def test_a_lower_learning_rate_is_lower(rate, destroyed):
+    readings = [Reading("learning_rate", rate), Reading("step_ratio", destroyed)]
+    remedy = fired("ill_conditioned", *readings, Reading("weight_condition", 4e3)).remedy
+    advised = re.search(r"from (\S+) to about (\S+);", remedy)
+    if advised is None:
+        assert f"lower the learning rate a little (it is {rate:.3g} now);" in remedy
+        assert destroyed < 0.45
+    else:
+        assert float(advised[2]) == pytest.approx(0.4 / destroyed * rate, rel=0.25)
+        assert float(advised[2]) < float(advised[1])
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [(1.4, "140 %"), (87.43, "8740 %"), (2345.6, "235000 %"), (1e5, "more than all"), (math.inf, "more than all")],
+)
+def test_percentages_have_no_exponents(ratio, words):
+    assert fired("step_too_long", Reading("step_ratio", ratio)).remedy.startswith(f"The step destroys {words} of the")
+
+
 def test_remedy_for_an_explosion_names_the_usual_norm():
     rule = rule_named("exploding")
     for reading in of("grad_norm", [1.0, 1.1, 0.9, 1.0] * 5):

@@ -46,6 +46,20 @@ def test_alert_says_what_was_seen():
     assert Below("m", 1.0)(Reading("m", 0.5)).message == "m is 0.5, below 1."
 
 
+def test_number_and_limit_are_told_apart():
+    assert Above("m", 1)(Reading("m", 1.00001)).message == "m is 1.00001, above 1."
+    assert Above("m", 1e3)(Reading("m", 1000.04)).message == "m is 1000.04, above 1000."
+    assert Above("m", 0.25)(Reading("m", math.nextafter(0.25, 1))).message == "m is 0.2500000000000001, above 0.25."
+    assert Below("m", 1e-7)(Reading("m", 9.99999e-8)).message == "m is 9.99999e-08, below 1e-07."
+
+
+def test_drift_says_on_which_side():
+    rule = Drift("m", 3.0, direction="up")
+    found = [rule(Reading("m", value)) for value in [*STEADY, 50.0, 1e-9]]
+    assert found[-2].message == "m is 50, far above its median 1."
+    assert found[-1].message == "m is 1e-09, not far above its median 1."
+
+
 def test_names_come_from_the_metric():
     assert Above("m", 1).name == "m_high"
     assert Below("m", 1).name == "m_low"
