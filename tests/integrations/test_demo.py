@@ -393,8 +393,8 @@ def test_states_follow_the_rules():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (1.0, "1"), (0.01234, "0.0123"), (-0.5, "-0.5"), (999.4, "999"), (1234.5, "1234"), (123456, "1.2e5"),
-     (99999.7, "1e5"), (1e-7, "1e-7"), (math.inf, "inf"), (math.nan, "nan")],
+    [(0.0, "0"), (-0.0, "0"), (1.0, "1"), (0.01234, "0.0123"), (-0.5, "-0.5"), (999.4, "999"), (999.7, "1000"),
+     (1234.5, "1234"), (123456, "1.2e5"), (99999.7, "1e5"), (1e-7, "1e-7"), (math.inf, "inf"), (math.nan, "nan")],
 )  # fmt: skip
 def test_numbers_are_short(value, text):
     assert number(value) == text

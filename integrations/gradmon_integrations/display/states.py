@@ -73,9 +73,11 @@ def number(value: float) -> str:
     """Three significant digits, and an exponent only where zeros would have to be counted."""
     if math.isnan(value) or math.isinf(value):
         return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e3:
+    if value == 0:
+        return "0"
+    if 1e-3 <= abs(value) < 999.5:
         return f"{value:.3g}"
-    if 1e3 <= abs(value) < 99999.5:
+    if 999.5 <= abs(value) < 99999.5:
         return f"{value:.0f}"
     digits, exponent = f"{value:.1e}".split("e")
     return f"{digits.removesuffix('.0')}e{int(exponent)}"
