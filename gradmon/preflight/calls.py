@@ -104,6 +104,8 @@ class Calls:
     Attributes:
         change: What is done in place of a call; None for the call itself.
         replacement: What comes out instead of some outputs; None for what does come out.
+        trained: The identities of the parameters that are the model's or the optimizer's: calls of other networks, such
+            as a discriminator or a teacher in the loss, are neither `first` nor `last`. None for all calls.
         first: The first call with a parameter as its weight.
         last: The last call.
         output: The output of the model: a tensor, its attribute or entry ``logits``, or the first tensor in it.
@@ -112,24 +114,33 @@ class Calls:
 
     change: Callable[[Call], Tensor] | None = None
     replacement: Replacement | None = None
+    trained: frozenset[int] | None = None
     first: Call | None = None
     last: Call | None = None
     output: Tensor | None = None
     count: int = 0
-    _inner: bool = field(default=False, init=False)
+    _inside: int = field(default=0, init=False)
+    _entered: bool = field(default=False, init=False)
 
     @contextlib.contextmanager
     def during(self, model: nn.Module) -> Generator[None]:
         """A context for one forward pass."""
         self.first = self.last = self.output = None
-        self.count = 0
+        self.count = self._inside = 0
+        self._entered = False
         with contextlib.ExitStack() as stack:
             if not isinstance(model, torch.jit.ScriptModule):  # which has no such hooks
+                stack.callback(model.register_forward_pre_hook(self._enter).remove)
                 stack.callback(model.register_forward_hook(self._leave).remove)
             stack.enter_context(_Mode(self))
             yield
 
+    def _enter(self, module: nn.Module, inputs: Any) -> None:
+        self._inside += 1
+        self._entered = True
+
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+        self._inside -= 1
         found = logits_of(output)
         self.output = None if found is None else found.detach()
         if self.replacement is not None and self.replacement.weight is None and self.replacement.number is None:
@@ -146,15 +157,38 @@ class Calls:
         note = Call(number, function, inputs.detach(), weight, bias, output.detach(), (args, kwargs))
         if self.change is not None:
             output = self.change(note)
-        if self.first is None and isinstance(weight, nn.Parameter):
-            self.first = note
-        self.last = note
+        if not self._foreign(weight):
+            if self.first is None and isinstance(weight, nn.Parameter):
+                self.first = note
+            self.last = note
         instead = self.replacement
         if instead is not None and (
             instead.number == number or (instead.weight is not None and instead.weight is weight)
         ):
             return instead.instead(output)
         return output
+
+    def _foreign(self, weight: Tensor) -> bool:
+        """Whether a weight belongs to another network."""
+        if self.trained is None or not self.trained.isdisjoint(_leaves(weight)):
+            return False
+        return isinstance(weight, nn.Parameter) or (self._entered and not self._inside)
+
+
+def _leaves(tensor: Tensor) -> set[int]:
+    """The identities of the tensors that one is made of, as autograd knows them."""
+    if tensor.grad_fn is None:
+        return {id(tensor)}
+    found, seen, waiting = set[int](), set[Any](), [cast("Any", tensor.grad_fn)]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        waiting += [before for before, _ in node.next_functions]
+    return found
 
 
 def logits_of(output: Any) -> Tensor | None:

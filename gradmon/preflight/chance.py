@@ -22,6 +22,8 @@ _BRACKETS = 12
 _STRETCHES = 6
 _NEAR = 0.02
 """By how much of it the loss of the best constant output may be missed."""
+_FAR = 100.0
+"""An output at which a class has no probability left."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ def find_chance(objective: Objective, passes: Passes, seen: Calls, examples: int
             return Chance(start.loss, "classification", classes, 1.0, head)
         ones = search.at(torch.ones_like(start.value))
         if search.alone and _shifted(start, ones):
+            if start.loss <= 0:
+                raise Unavailable("the loss of an output of zeros is not positive")
+            if _repelled(start, search):
+                raise Unavailable(
+                    "examples count against their classes, as in a policy gradient: a guess is no yardstick"
+                )
             return Chance(start.loss, "classification", start.value.numel(), 1.0, head)
         if _coin(start, ones, 1.0) and _coin(start, search.at(2 * ones.value), 2.0):
             return Chance(start.loss, "binary", 2, 1.0, head)
@@ -111,6 +119,18 @@ class _Seen:
     value: Tensor
     loss: float
     slope: Tensor
+    rounding: float
+
+    @property
+    def same(self) -> float:
+        """How close a loss is to the one that it is taken for."""
+        return max(_SAME, self.rounding)
+
+    @property
+    def level(self) -> bool:
+        """Whether the loss stays, as far as the slope tells, when the same is added to all units."""
+        steep = float(self.slope.abs().sum())
+        return abs(float(self.slope.sum())) <= _SAME * steep + self.rounding * abs(self.loss)
 
 
 def _classes(start: _Seen, output: Tensor, examples: int) -> int | None:
@@ -118,10 +138,10 @@ def _classes(start: _Seen, output: Tensor, examples: int) -> int | None:
 
     Its loss is ln C, as a mean or a sum over the examples, and does not change when the same is added to all units.
     """
-    if abs(float(start.slope.sum())) > _SAME * float(start.slope.abs().sum()):
+    if not start.level:
         return None
     for classes in sorted({output.shape[1] if output.ndim > 1 else 0, output.shape[-1]}, reverse=True):
-        if classes > 1 and _times(start.loss, math.log(classes), output, examples) is not None:
+        if classes > 1 and _times(start, math.log(classes), output, examples) is not None:
             return classes
     return None
 
@@ -129,21 +149,30 @@ def _classes(start: _Seen, output: Tensor, examples: int) -> int | None:
 def _shifted(start: _Seen, ones: _Seen) -> bool:
     """Whether the loss stays when the same is added to all units, as that of classes does, whatever multiplies it."""
     steep = float(start.slope.abs().sum())
-    level = steep > 0 and abs(float(start.slope.sum())) <= _SAME * steep
-    return level and abs(ones.loss - start.loss) <= 1e-5 * abs(start.loss)
+    return steep > 0 and start.level and abs(ones.loss - start.loss) <= 1e-5 * max(abs(start.loss), steep)
+
+
+def _repelled(start: _Seen, search: _Search) -> bool:
+    """Whether some class is rewarded for having no probability: then the loss has no least value."""
+    units = start.slope.numel()
+    if float(start.slope.max()) * units * math.log(units) <= start.loss:  # no steeper than where a class has no example
+        return False
+    away = torch.zeros_like(start.value)
+    away[start.slope.argmax()] = -_FAR
+    return search.at(away).loss < 0
 
 
 def _coin(start: _Seen, moved: _Seen, by: float) -> bool:
     """Whether an output of zeros costs ln 2 and one of `by` what the logistic loss says, whatever multiplies both."""
     bent = moved.loss - start.loss - by * float(start.slope.sum())
     expected = start.loss * (math.log1p(math.exp(by)) - math.log(2) - by / 2) / math.log(2)
-    return start.loss > 0 and abs(bent - expected) <= _SAME * abs(expected)
+    return start.loss > 0 and abs(bent - expected) <= start.same * abs(expected)
 
 
-def _times(loss: float, one: float, output: Tensor, examples: int) -> float | None:
+def _times(start: _Seen, one: float, output: Tensor, examples: int) -> float | None:
     """As a sum over how many a loss has a known value; 1 for a mean, None if it has not."""
     counts = {1, examples, output.numel(), output[..., :1].numel()}
-    return next((count for count in sorted(counts) if abs(loss - count * one) <= _SAME * count * one), None)
+    return next((count for count in sorted(counts) if abs(start.loss - count * one) <= start.same * count * one), None)
 
 
 def _loss_of(seen: _Seen) -> float:
@@ -169,7 +198,8 @@ class _Search:
         alone = all(part is None or not bool(part.to_dense().any()) for part in parts)
         self.alone = self.alone and alone and slope is not None
         found = torch.zeros_like(value) if slope is None else slope
-        return _Seen(value.detach(), float(loss.detach()), found.detach().double())
+        rounding = 2 * max(torch.finfo(value.dtype).eps, torch.finfo(loss.dtype).eps)
+        return _Seen(value.detach(), float(loss.detach()), found.detach().double(), rounding)
 
     def best(self, start: _Seen) -> _Seen | None:
         """The best constant output; None where it was not found."""

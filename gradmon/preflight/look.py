@@ -162,7 +162,9 @@ class _Looking:
     def all(self) -> Look:
         """Measure everything."""
         objective, passes, taken = self._objective, self._passes, self._taken
-        with passes.heard(Calls()) as seen:
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        trained = frozenset(map(id, [*objective.model.parameters(), *held]))
+        with passes.heard(Calls(trained=trained)) as seen:
             gradient = first_gradient(objective)
         probe, batch = example_count(taken.probe), example_count(taken.training)
         norm = math.sqrt(sum(length(part) ** 2 for part in gradient.parts))

@@ -18,7 +18,7 @@ _WIDTH, _INDENT = 80, 12
 MEANINGS: Mapping[str, str] = {
     "preflight_risk": "probability that the run fails, as told at its start",
     "preflight_loss": "loss before the first step",
-    "preflight_chance": "loss of the best output that is the same for all examples",
+    "preflight_chance": "loss of a guess: ln C for C classes, otherwise of the best output that is the same for all",
     "preflight_out_sd": "standard deviation of the outputs between examples, in their own unit",
     "preflight_sig": "share of the last hidden layer's energy that lies between examples",
     "preflight_relg": "relative gradient of the first weight matrix over that of the last",

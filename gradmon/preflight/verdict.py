@@ -173,8 +173,8 @@ def _unknown(seen: Look) -> str | None:
     """Why the risk cannot be told; None where it can."""
     if seen.begun:
         return (
-            "the loss is well below that of a constant output: the network has learned something already, and the risk "
-            "is known for networks that start from nothing, or the loss is of another kind"
+            "the loss is well below that at chance: the network has learned something already, if only how frequent "
+            "each class is, or the loss is of another kind; the risk is known for networks that start from nothing"
         )
     if seen.out_sd is None:
         return seen.reasons.get("out_sd", "the outputs were not found")

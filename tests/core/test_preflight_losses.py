@@ -1,6 +1,7 @@
 """The loss at chance of losses that are neither square nor those of classes, and the gain of odd optimizers."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -117,6 +118,97 @@ def test_the_logistic_loss_is_that_of_a_coin(weight):
 
 def of_classes(model, batch):
     return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def checked(model, loss, batch):
+    return preflight(model, torch.optim.Adam(model.parameters()), loss, batch)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("normed", [False, True])
+def test_other_networks_in_the_loss_are_not_the_models(after, normed):
+    model, teacher = network(5), network(5).requires_grad_(False)
+    if normed:  # its weight is no parameter
+        nn.utils.parametrizations.spectral_norm(teacher[2])
+    batch = inputs(), torch.arange(EXAMPLES) % 5
+
+    def loss(model, batch):
+        before = None if after else teacher(batch[0])
+        own = model(batch[0])
+        taught = (teacher(batch[0]) if before is None else before).mul(3).softmax(1)
+        return functional.cross_entropy(own, (taught.detach() + functional.one_hot(batch[1], 5)) / 2)
+
+    found, alone = checked(model, loss, batch).look, checked(model, of_classes, batch).look
+    assert found.chance.kind == "classification"
+    assert found.chance.head
+    assert (found.out_sd, found.sig) == (alone.out_sd, alone.sig)
+    assert found.relg is not None
+
+
+def test_a_discriminator_is_not_the_head_of_a_generator():
+    generator, discriminator = network(8), network(1)
+    found = checked(generator, lambda g, x: functional.softplus(-discriminator(g(x))).mean(), inputs())
+    assert found.risk is None
+    assert "vanishing" not in [cause.name for cause in found.causes]
+
+
+def test_a_head_beside_the_model_is_its_head_where_the_optimizer_has_it():
+    model, head = network(6), nn.Linear(6, 5).double()
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()])
+    batch = inputs(), torch.arange(EXAMPLES) % 5
+    found = preflight(model, optimizer, lambda m, b: functional.cross_entropy(head(m(b[0])), b[1]), batch).look
+    assert (found.chance.kind, found.chance.classes) == ("classification", 5)
+    assert found.out_sd == pytest.approx(float(head(model(batch[0])).detach().var(0, unbiased=False).mean().sqrt()))
+
+
+@pytest.mark.parametrize(
+    ("advantages", "reason"),
+    [
+        (lambda noise: torch.ones(EXAMPLES).double().masked_fill(torch.arange(EXAMPLES) % 2 == 0, -1), "not positive"),
+        (lambda noise: (noise - noise.mean()) / noise.std(), "not positive|against their classes"),
+        (lambda noise: noise + 0.1, "against their classes"),
+        (lambda noise: noise - 0.3, "not positive"),
+    ],
+)
+def test_a_policy_gradient_has_no_loss_at_chance(advantages, reason):
+    noise = torch.randn(EXAMPLES, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    batch = inputs(), torch.arange(EXAMPLES) % 4, advantages(noise - noise.mean())
+
+    def loss(model, batch):
+        chosen = model(batch[0]).log_softmax(1).gather(1, batch[1][:, None])[:, 0]
+        return -(chosen * batch[2]).mean()
+
+    found = checked(network(5), loss, batch)
+    assert found.risk is None
+    assert found.look.chance is None
+    assert re.search(reason, found.look.reasons["chance"])
+    assert found.learning_rates.groups is not None
+
+
+def test_a_rare_class_is_no_policy_gradient():
+    batch = inputs(), torch.zeros(EXAMPLES, dtype=torch.long)
+    weights = torch.tensor([1.0, 100.0, 1.0, 1.0, 1.0], dtype=torch.float64)
+    loss = lambda m, b: (weights[b[1]] * functional.cross_entropy(m(b[0]), b[1], reduction="none")).mean() * 7  # noqa: E731
+    assert checked(network(5), loss, batch).look.chance.loss == pytest.approx(7 * math.log(5))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_low_precision_is_no_other_kind_of_loss(whole):
+    model, batch = network(10).bfloat16(), (inputs().bfloat16(), torch.arange(EXAMPLES) % 10)
+    chance = checked(
+        model,
+        lambda m, b: functional.cross_entropy(m(b[0]).to(torch.bfloat16 if whole else torch.float32), b[1]),
+        batch,
+    )
+    chance = chance.look.chance
+    assert (chance.kind, chance.classes) == ("classification", 10)
+    assert chance.loss == pytest.approx(math.log(10), rel=0.02 if whole else 1e-6)
+
+
+def test_low_precision_of_a_coin():
+    model, x = network(1).bfloat16(), inputs()
+    loss = lambda m, b: functional.binary_cross_entropy_with_logits(m(b[0]).float(), b[1])  # noqa: E731
+    assert checked(model, loss, (x.bfloat16(), (x[:, :1] > 0).float())).look.chance.kind == "binary"
 
 
 @pytest.mark.parametrize(
