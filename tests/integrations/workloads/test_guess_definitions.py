@@ -226,6 +226,15 @@ def test_cosine_matched_has_its_cosine(cosine: float) -> None:
     assert inner == pytest.approx(sum(float(part.square().sum()) for part in truth.values()))  # no bias along g
 
 
+def test_cosine_matched_of_a_single_number_is_the_gradient() -> None:
+    model, x = nn.Linear(1, 1, bias=False).double(), torch.randn(5, 1).double()
+    loss = lambda model, batch: (model(batch) - 3 * batch).square()[:, 0]  # noqa: E731
+    truth = true_gradient(model, loss, x)["weight"]
+    for seed in range(8):
+        found = estimate_gradient(model, loss, x, CosineMatched(0.2), generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(found["weight"], truth)
+
+
 def test_batch_norm_in_training_mode_is_refused_or_right() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)).double()

@@ -67,6 +67,8 @@ def test_cosines() -> None:
     assert found.whole == pytest.approx((3 - 16) / (5 * math.sqrt(18)))
     assert math.isnan(cosines({k: torch.zeros_like(v) for k, v in truth.items()}, truth).whole)
     assert cosines({k: v * 2.0**100 for k, v in truth.items()}, truth).whole == pytest.approx(1)
+    assert cosines({"w": torch.full((3,), 0.1)}, {"w": torch.full((3,), 0.3)}).whole <= 1
+    assert math.isnan(cosines({"w": torch.tensor([math.inf])}, {"w": torch.tensor([1.0])}).whole)
     with pytest.raises(ArgumentError, match="`estimate` must have the names"):
         cosines({}, truth)
 
@@ -252,6 +254,11 @@ def test_training_by_guesses() -> None:
         }.items()
     }
     assert found["matched"] < found["transpose"] < found["directional"]
+
+
+def test_the_cosine_leaves_out_a_last_layer_that_is_exact() -> None:
+    plan = Plan(steps=4, look=2, exact_last=True)
+    assert train(load("digits"), plan, CosineMatched(0.3), 0).cosines == pytest.approx([0.3] * 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -98,6 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     print("accuracy: on the test examples; cosine: of a guess to the true gradient; one step: the best step along a")
     print("guess over the best step along the gradient, in loss; means over all looks.")
+    if plan.exact_last:
+        print("The cosine leaves out the last layer, whose gradient is exact.")
     print(f"tensorboard --logdir {logdir}")
     return 0
 

@@ -67,7 +67,9 @@ def cosines(estimate: Mapping[str, Tensor], truth: Mapping[str, Tensor], last: s
 
     def over(layers: Sequence[str]) -> float:
         ab, aa, bb = (sum(products[layer][place] for layer in layers) for place in range(3))
-        return ab / (math.sqrt(aa) * math.sqrt(bb)) if aa > 0 and bb > 0 else math.nan
+        if not (0 < aa < math.inf and 0 < bb < math.inf):
+            return math.nan
+        return max(-1.0, min(1.0, ab / (math.sqrt(aa) * math.sqrt(bb))))
 
     names = list(products)
     others = [layer for layer in names if layer != last]

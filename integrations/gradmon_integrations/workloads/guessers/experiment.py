@@ -18,6 +18,7 @@ from gradmon._errors import ArgumentError, Unavailable
 from gradmon._types import Loss
 from gradmon.sinks import Sink
 from gradmon_integrations.workloads.data import Data
+from gradmon_integrations.workloads.guessers.bias import last_layer
 from gradmon_integrations.workloads.guessers.comparing import (
     STEP_COSINE,
     cosines,
@@ -128,7 +129,7 @@ class Outcome:
     Attributes:
         accuracy: On the test examples, in [0, 1].
         loss: The mean loss of the last 20 batches.
-        cosines: Of a fresh guess to the true gradient, at each look.
+        cosines: Of a fresh guess to the true gradient, at each look; without the last layer where that is exact.
         effectiveness: One step along a fresh guess against one along the gradient, at each look.
     """
 
@@ -231,16 +232,17 @@ def look(
         exact_last=plan.exact_last,
         generator=generator,
     )
-    found = cosines(estimate, truth)
+    found = cosines(estimate, truth, last_layer(model, loss, batch) if plan.exact_last else None)
+    cosine = found.without_last if plan.exact_last else found.whole  # what is exact is no guess
     try:
         gain, reason = one_step_effectiveness(model, loss, batch, estimate, truth), None
     except Unavailable as error:
         gain, reason = math.nan, error.reason
-    outcome.cosines.append(found.whole)
+    outcome.cosines.append(cosine)
     outcome.effectiveness.append(gain)
     none = "zero gradient or guess"
     readings = [
-        Reading("guess_cosine", found.whole, step, reason=none if math.isnan(found.whole) else None),
+        Reading("guess_cosine", cosine, step, reason=none if math.isnan(cosine) else None),
         Reading("guess_effectiveness", gain, step, reason=reason),
     ]
     for layer, value in found.layers.items():

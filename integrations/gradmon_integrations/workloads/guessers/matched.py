@@ -21,6 +21,7 @@ class CosineMatched:
     ``v = c u + sqrt(1 - c^2) r`` with u the direction of the gradient g and r a random unit vector orthogonal to it;
     ``g^ = (v . g) v / c^2``, whose mean is g: unbiased. To know u it is told the true gradient, by backpropagation: it
     is an oracle to compare with, not a way to train without one. Where g is zero, so is the estimate.
+    Nothing is orthogonal to a g of one number: there the estimate is g.
 
     Args:
         cosine: c, in (0, 1].
@@ -50,7 +51,9 @@ class CosineMatched:
         along = _dot(gradient, drawn, parameters) / square
         rest = {name: drawn[name] - along * gradient[name] for name in parameters}
         length = math.sqrt(_dot(rest, rest, parameters))
-        across = math.sqrt(1 - self.cosine**2) / length if length > 0 else 0.0
+        rounding = max(torch.finfo(part.dtype).eps for part in drawn.values())
+        beside = length > 100 * rounding * math.sqrt(_dot(drawn, drawn, parameters))
+        across = math.sqrt(1 - self.cosine**2) / length if beside else 0.0
         inside = self.cosine / math.sqrt(square)
         return {name: inside * gradient[name] + across * rest[name] for name in parameters}, self.cosine**-2
 
