@@ -239,8 +239,8 @@ class _Looking:
 
 
 def _told(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
+    """An error in one line, without the full stop that follows a reason anyway."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
 
 
 def first_gradient(objective: Objective) -> Gradient:

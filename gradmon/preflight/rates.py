@@ -15,9 +15,9 @@ from torch.optim import Optimizer
 from gradmon._errors import ArgumentError
 
 _SGD, _ADAM, _RMSPROP = 0.1, 1e-3, 1e-3
-_ADAMS = frozenset({"Adam", "AdamW", "NAdam", "RAdam", "SparseAdam"})
-_UNLIKE = frozenset({"Adadelta", "Rprop"})
-"""Their steps find their length by themselves: the first one says nothing about those to come."""
+_ADAMS = frozenset({"Adam", "AdamW", "NAdam", "SparseAdam"})
+_UNLIKE = frozenset({"Adadelta", "RAdam", "Rprop"})
+"""Their steps find their length by themselves, or are first of another kind: one says nothing about those to come."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from gradmon.probes.step import trial_step
 HALF = 0.5
 """The relative change of the gradient that is looked for."""
 _STEP = math.sqrt(10)
+_FLAT = 1e-6
+"""So small differences are none."""
 _FAR = 8
 """How many factors of sqrt(10) it is looked for from the default learning rate, either way."""
 
@@ -110,6 +112,11 @@ def scan(
                 break
     except Unavailable as missing:
         return Scan(_sorted(points), reason=missing.reason)
+    changes = [point.change for point in points.values()]
+    if len(changes) > 2 and 0 < max(changes) < math.inf and min(changes) > (1 - _FLAT) * max(changes):
+        return Scan(
+            _sorted(points), reason=f"the next step of {type(optimizer).__name__} is as long at any learning rate"
+        )
     return _found(_sorted(points), upwards)
 
 

@@ -35,11 +35,23 @@ def test_defaults():
     assert of(lambda p: torch.optim.SGD(p, lr=3.0)).default == 0.1
     assert of(lambda p: torch.optim.SGD(p, lr=3.0, momentum=0.9)).default == pytest.approx(0.01)
     assert of(lambda p: torch.optim.SGD(p, lr=3.0, momentum=0.9, dampening=0.9)).default == pytest.approx(0.1)
-    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam):
+    for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam):
         assert of(lambda p, kind=kind: kind(p, lr=3.0)).default == 1e-3
     assert of(lambda p: torch.optim.RMSprop(p, lr=3.0)).default == 1e-3
     assert of(lambda p: torch.optim.Adagrad(p, lr=3.0)).default == 1e-2
-    assert "says nothing" in of(torch.optim.Adadelta).reason
+    for kind in (torch.optim.Adadelta, torch.optim.Rprop, torch.optim.RAdam):  # of which RAdam begins as momentum
+        assert "says nothing" in of(kind).reason
+
+
+def test_a_step_that_does_not_follow_the_learning_rate_tells_none():
+    model, examples = made(), batch()
+    optimizer = torch.optim.ASGD(model.parameters())
+    assert suggest_lr(model, optimizer, loss, examples).groups is not None
+    loss(model, examples).backward()
+    optimizer.step()  # from now on its steps are as long as was laid down in the one before
+    found = suggest_lr(model, optimizer, loss, examples)
+    assert found.groups is None
+    assert found.reason == "the next step of ASGD is as long at any learning rate"
 
 
 def test_optimizers_of_others():
