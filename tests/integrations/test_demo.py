@@ -333,6 +333,19 @@ def test_a_loss_that_does_not_fall_is_a_note():
     assert verdict.level == "note"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [(2.0, 1.0, "falls"), (2.0, 1.5, "falls slowly"), (2.0, 1.9, "hardly falls"), (2.0, 2.0, "does not fall"),
+     (-1.0, -0.9, "does not fall"), (-1.0, -0.5, "does not fall"), (-1.0, -1.05, "hardly falls"),
+     (-1.0, -1.3, "falls slowly"), (-1.0, -2.0, "falls"), (0.5, -2.0, "falls"), (0.0, 0.0, "does not fall"),
+     (0.0, -1.0, "falls"), (-1.0, 0.5, "does not fall")],
+)  # fmt: skip
+def test_where_a_loss_goes_whatever_its_sign(before, after, words):
+    verdict = judge("run", told(HEALTHY, losses=[before] * 6 + [after] * 6))
+    assert verdict.reasons[0].startswith(f"The loss {words}: ")
+    assert verdict.level == ("good" if words.startswith("falls") else "note")
+
+
 def test_without_numbers_that_have_a_limit_there_is_no_praise():
     assert judge("run", told({"gradient_snr": 0.1})).level == "note"
 

@@ -98,11 +98,13 @@ def _loss(history: History) -> tuple[str, bool]:
     if len(values) < 2 * _FEW:
         return "There are too few readings to say where the loss goes.", True
     before, after = median(values[:_FEW]), median(values[-_FEW:])
-    if after > 0.85 * before:
-        verb = "does not fall" if after >= before else "hardly falls"
+    fall, size = before - after, abs(before)  # a loss may be negative
+    falls = fall > 0 and fall >= 0.15 * size
+    if falls:
+        verb = "falls" if fall > 0.4 * size else "falls slowly"
     else:
-        verb = "falls" if after < 0.6 * before else "falls slowly"
-    return f"The loss {verb}: {number(before)} at first, {number(after)} in the end.", after <= 0.85 * before
+        verb = "hardly falls" if fall > 0 else "does not fall"
+    return f"The loss {verb}: {number(before)} at first, {number(after)} in the end.", falls
 
 
 def _firing(history: History) -> list[str]:
