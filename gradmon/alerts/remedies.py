@@ -57,8 +57,8 @@ def larger_batch(reading: Reading, known: Known) -> str:
     if not (math.isfinite(size) and 1 < ratio <= _SENSIBLE):
         return "Raise the batch size, or accumulate gradients over more micro-batches."
     return (
-        f"Raise the batch size from {size:.0f} towards {_round(size * ratio):.0f}, where signal and noise are equally "
-        f"strong, or accumulate gradients over {math.ceil(ratio):.0f} micro-batches."
+        f"Raise the batch size from {size:.0f} towards {_round(size * ratio, 2):.0f}, where signal and noise are "
+        f"equally strong, or accumulate gradients over {math.ceil(ratio):.0f} micro-batches."
     )
 
 

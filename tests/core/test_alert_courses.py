@@ -150,6 +150,9 @@ def test_remedy_for_noise_names_batch_sizes():
         "Raise the batch size from 64 towards 800, where signal and noise are equally strong, or accumulate gradients "
         "over 13 micro-batches."
     )
+    rounded = fired("batch_too_noisy", Reading("batch_size", 32.0), Reading("noise_ratio", 47.6))
+    assert "from 32 towards 1500, where" in rounded.remedy  # the noise scale is 1523
+    assert "over 48 micro-batches" in rounded.remedy
     endless = fired("batch_too_noisy", Reading("batch_size", 64.0), Reading("noise_ratio", math.inf))
     assert endless.remedy == "Raise the batch size, or accumulate gradients over more micro-batches."
 
