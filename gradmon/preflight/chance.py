@@ -109,7 +109,8 @@ def _places(seen: Calls) -> list[tuple[bool, Replacement]]:
     output = seen.output
     if output is not None and output.is_floating_point() and output.ndim > 0:
         channels = 1 if output.ndim > 3 else output.ndim - 1
-        value = torch.zeros(output.shape[channels], dtype=output.dtype, device=output.device)
+        units = output.shape[channels] if output.ndim > 1 else 1  # one number for each example has no units
+        value = torch.zeros(units, dtype=output.dtype, device=output.device)
         found.append((False, Replacement(None, None, value, channels)))
     return found
 

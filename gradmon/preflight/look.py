@@ -30,6 +30,8 @@ from gradmon.probes.per_example import gram_evidence
 _MICRO_BATCHES = 8
 BEGUN = 0.89
 """The loss over that at chance below which something has been learned."""
+_ALIVE = 0.01
+"""The least share of the last hidden layer's energy between examples at which a last layer of zeros is only a start."""
 _T = TypeVar("_T")
 
 
@@ -177,7 +179,7 @@ class _Looking:
             )
         chance = self._try("chance", lambda: find_chance(objective, passes, seen, probe))
         head = chance is not None and chance.head
-        out_sd = self._try("out_sd", lambda: _spread(seen, chance, self._reasons))
+        out_sd = self._try("out_sd", lambda: self._spread(seen, chance))
         sig = self._try("sig", lambda: _share(seen.last if head else None))
         relg = self._try("relg", lambda: self._relative(seen, gradient, head))
         scanned = self._try(
@@ -211,14 +213,28 @@ class _Looking:
             reasons=MappingProxyType(self._reasons),
         )
 
+    def _spread(self, seen: Calls, chance: Chance | None) -> float:
+        """The standard deviation of the outputs between examples, in their own unit."""
+        last = seen.last
+        if chance is not None and chance.head and last is not None:
+            place = self._places().get(id(last.weight))
+            # A network may begin with a last layer of zeros, as long as the one before tells the examples apart.
+            weight = last.weight.detach() if place is None else self._objective.base[place]
+            if length(weight) == 0 and _varies(last):
+                raise Unavailable("the last weight matrix is zero, so that no output depends on the example yet")
+        return _spread(seen, chance, self._reasons)
+
+    def _places(self) -> dict[int, int]:
+        """The place of each trained parameter, by its identity."""
+        return {id(parameter): place for place, parameter in enumerate(self._objective.weights.parameters)}
+
     def _relative(self, seen: Calls, gradient: Gradient, head: bool) -> float:
         """``||g|| / ||w||`` of the first weight matrix over that of the last."""
         if seen.first is None or seen.last is None or not head:
             raise Unavailable("the first and the last layer were not found")
         if seen.first.weight is seen.last.weight:
             raise Unavailable("the first layer that was found is the last")
-        places = {id(parameter): place for place, parameter in enumerate(self._objective.weights.parameters)}
-        found: list[float] = []
+        places, found = self._places(), list[float]()
         for call in (seen.first, seen.last):
             place = places.get(id(call.weight))
             if place is None:
@@ -280,6 +296,14 @@ def _spread(seen: Calls, chance: Chance | None, reasons: Mapping[str, str]) -> f
     if len(rows) < 2:
         raise Unavailable("a probe of one example")
     return math.sqrt(float(rows.var(0, unbiased=False).mean())) / chance.scale
+
+
+def _varies(last: Call) -> bool:
+    """Whether what goes into the last layer differs between examples."""
+    try:
+        return _share(last) >= _ALIVE
+    except Unavailable:
+        return False
 
 
 def _share(last: Call | None) -> float:

@@ -192,6 +192,36 @@ def test_a_rare_class_is_no_policy_gradient():
     assert checked(network(5), loss, batch).look.chance.loss == pytest.approx(7 * math.log(5))
 
 
+def test_a_last_layer_of_zeros_is_no_vanishing_signal():
+    model, batch = network(5), (inputs(), torch.arange(EXAMPLES) % 5)
+    nn.init.zeros_(model[2].weight)
+    found = checked(model, of_classes, batch)
+    assert found.risk is None
+    assert found.reason.startswith("the last weight matrix is zero")
+    assert "vanishing" not in [cause.name for cause in found.causes]
+    nn.init.constant_(model[0].bias, -100)  # nothing reaches it either
+    assert next(cause.name for cause in checked(model, of_classes, batch).causes) == "vanishing"
+
+
+class Factors(nn.Module):
+    """One number for each example, and no linear map."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(9, 4), nn.Embedding(9, 4)
+
+    def forward(self, pairs):
+        return (self.a(pairs[:, 0]) * self.b(pairs[:, 1])).sum(1)
+
+
+def test_an_output_of_one_number_for_each_example_has_one_constant():
+    pairs, y = torch.arange(2 * EXAMPLES).reshape(-1, 2) % 9, targets(1.0)[:, 0]
+    chance = checked(Factors().double(), lambda m, b: functional.mse_loss(m(b[0]), b[1]), (pairs, y)).look.chance
+    assert (chance.kind, chance.head) == ("other", False)
+    assert chance.loss == pytest.approx(float(y.var(unbiased=False)), rel=1e-9)
+    assert chance.scale == pytest.approx(float(y.std(unbiased=False)), rel=1e-6)
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_low_precision_is_no_other_kind_of_loss(whole):
     model, batch = network(10).bfloat16(), (inputs().bfloat16(), torch.arange(EXAMPLES) % 10)
