@@ -96,8 +96,10 @@ class Switching(ABC):
     def __call__(self, reading: Reading) -> Alert | None:
         """An alert if this reading makes the rule fire or resolve; None otherwise."""
         layer = reading.layer
-        if layer is None and reading.name in CONTEXT and math.isfinite(reading.value):
+        if layer is None and reading.name in CONTEXT:
             self._known[reading.name] = reading.value
+            if not math.isfinite(reading.value):  # what was known before is so no more
+                del self._known[reading.name]
         found = self.judge(reading)
         if found is None:
             return None

@@ -183,6 +183,13 @@ def test_remedy_for_conditioning_looks_at_the_step(known, remedy):
     assert fired("ill_conditioned", *readings, Reading("weight_condition", 4000.0)).remedy == remedy
 
 
+def test_remedies_forget_what_is_not_known_any_more():
+    known = [Reading("learning_rate", 0.1), Reading("step_ratio", 0.05)]
+    lost = Reading("step_ratio", math.nan, reason="non-finite gradient after the step")
+    alert = fired("ill_conditioned", *known, lost, Reading("weight_condition", 4000.0))
+    assert alert.remedy.startswith("Lower the learning rate (it is 0.1 now); ")
+
+
 def test_remedy_for_an_update():
     rate = Reading("learning_rate", 0.1)
     alert = fired("update_ratio_out_of_range", rate, Reading("update_ratio", 0.5))
