@@ -175,7 +175,9 @@ def main() -> None:
         options["folder"] = str(folder / "out")
     steps = globals()[kind](rank, size, options)
     (folder / f"{rank}.json").write_text(json.dumps({"steps": steps, "numbers": kept.numbers}))
-    # What torch's threads do at the end of an interpreter is not looked at: now and then they abort it.
+    # Not by the interpreter's own end: a gloo thread that lets go of a tensor just then aborts the process. Destroying
+    # the group does not end that thread, as the default arguments in `torch.distributed.nn.functional`, which
+    # DistributedDataParallel imports, keep the group.
     sys.stderr.flush()
     os._exit(0)
 
