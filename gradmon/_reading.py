@@ -8,6 +8,10 @@ Severity = Literal["info", "warning", "critical"]
 State = Literal["firing", "resolved"]
 
 
+NOT_TRAINED = "the layer is not trained any more"
+"""Why a layer has no number where it had one before."""
+
+
 class Reading(NamedTuple):
     """One number.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradmon._errors import Unavailable
 from gradmon._evidence import Step, StepPair, evidence_from_plain, evidence_to_plain
 from gradmon._parameters import Weights
-from gradmon._reading import Reading
+from gradmon._reading import NOT_TRAINED, Reading
 from gradmon._snapshot import RandomState
 from gradmon._tensors import from_plain, to_plain
 from gradmon.measure import readings_from
@@ -110,7 +110,8 @@ def at_first(metric: Metric) -> list[type]:
 class Reader:
     """Makes readings of metrics; where one is not available or fails, NaN with the reason.
 
-    A metric that fails three times in a row is given up: it stays NaN, with the reason, and costs nothing any more.
+    A metric that fails three times in a row is given up: it stays NaN, with the reason, and costs nothing any more. A
+    layer that is frozen, and so has no number any more, gets NaN once, so that its last number does not stay for good.
 
     Args:
         failures: Where failures are noted.
@@ -123,16 +124,19 @@ class Reader:
     def __init__(self, failures: Failures, layers: bool) -> None:
         self._failures, self._layers = failures, layers
         self._in_a_row: Counter[str] = Counter()
+        self._had: dict[str, list[str]] = {}
         self.given_up: dict[str, str] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Which metrics have failed, as plain types."""
-        return {"in_a_row": dict(self._in_a_row), "given_up": dict(self.given_up)}
+        """Which metrics have failed, and the layers that had numbers, as plain types."""
+        layers = {name: list(layers) for name, layers in self._had.items()}
+        return {"in_a_row": dict(self._in_a_row), "given_up": dict(self.given_up), "layers": layers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up what was saved."""
         self._in_a_row = Counter({str(name): int(count) for name, count in state["in_a_row"].items()})
         self.given_up = {str(name): str(reason) for name, reason in state["given_up"].items()}
+        self._had = {str(name): list(map(str, layers)) for name, layers in state.get("layers", {}).items()}
 
     def safely(
         self, where: str, look: Callable[[], list[Reading]], metrics: Sequence[Metric], step: int
@@ -165,9 +169,17 @@ class Reader:
         except Exception as error:
             self._failures.note(f"metric {metric.name}", error)
             return [self._failed(metric, error, step)]
-        if not gather:
-            self._in_a_row.pop(metric.name, None)
-        return found
+        if gather:
+            return found
+        self._in_a_row.pop(metric.name, None)
+        return found + self._gone(metric, found, step)
+
+    def _gone(self, metric: Metric, found: Sequence[Reading], step: int) -> list[Reading]:
+        """NaN for layers that had a number of a metric the last time, and have none now."""
+        before = self._had.get(metric.name, [])
+        now = self._had[metric.name] = [reading.layer for reading in found if reading.layer is not None]
+        gone = sorted(set(before) - set(now))
+        return [Reading(metric.name, math.nan, step, layer, reason=NOT_TRAINED) for layer in gone]
 
     def divide(
         self, metrics: Sequence[Metric], gather: Callable[[Sequence[type], bool], list[Any]], step: int

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from gradmon._errors import ArgumentError
-from gradmon._reading import Reading, Severity
+from gradmon._reading import NOT_TRAINED, Reading, Severity
 from gradmon.alerts._rule import Judgement, Remedy, Switching, check_count, check_metric, speaks_of
 
 
@@ -46,8 +46,12 @@ class DeadLayer(Switching):
         self._whole = 0.0
 
     def judge(self, reading: Reading) -> Judgement | None:
-        """Bad if zero; None for the whole model, NaN, and while the whole gradient is zero."""
-        if reading.name != "grad_norm" or math.isnan(reading.value):
+        """Bad if zero, not if frozen; None for the whole model, other NaN, and while the whole gradient is zero."""
+        if reading.name != "grad_norm":
+            return None
+        if reading.layer is not None and reading.reason == NOT_TRAINED:
+            return Judgement(False, lambda: f"`{reading.layer}` is not trained any more.")
+        if math.isnan(reading.value):
             return None
         if reading.layer is None:
             self._whole = reading.value

@@ -10,7 +10,7 @@ from torch import nn
 
 import gradmon
 from gradmon import Monitor, Reading, every
-from gradmon.alerts import Above, NonFinite, default_rules
+from gradmon.alerts import Above, DeadLayer, NonFinite, default_rules
 from gradmon.sinks import MemorySink
 from tests.core.monitored import CLOCK, assert_same_weights, data, explode, mlp, mse, train, trained_alone, watched
 
@@ -266,3 +266,41 @@ def test_reading_is_a_plain_tuple():
     assert isinstance(reading, Reading)
     assert type(reading.value) is float
     assert reading.step == 3
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("passive", [False, True])
+def test_a_dead_layer_that_is_frozen_as_its_page_advises_is_told_of_no_more(passive, resume):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    optimizer, sink = torch.optim.SGD(model.parameters(), lr=0.01), MemorySink()
+    loss = lambda model, batch: (model(batch) - 1).square().mean()  # noqa: E731
+
+    def watch():
+        options = {"metrics": ["grad_norm", "update_ratio"], "schedule": every(1), "alerts": [DeadLayer()]}
+        return Monitor(model, optimizer, None if passive else loss, layers=True, sinks=sink, **options)
+
+    monitor = watch()
+    for step in range(8):
+        if step == 5:
+            model[0].requires_grad_(False)
+            if resume:
+                state = monitor.state_dict()
+                monitor.close()
+                monitor = watch()
+                monitor.load_state_dict(state)
+        batch = torch.randn(8, 3)
+        optimizer.zero_grad()
+        loss(model, batch).backward()
+        optimizer.step()
+        monitor.step(batch)
+    monitor.flush()
+    changes = [(alert.layer, alert.state, alert.step) for alert in sink.alerts if alert.rule == "dead_layer"]
+    assert changes == [("0", "firing", 3), ("0", "resolved", 6)]
+    assert not monitor.alerts
+    gone = [(r.name, r.step) for r in sink.readings if r.layer == "0" and math.isnan(r.value)]
+    assert sorted(gone) == [("grad_norm", 6), ("update_ratio", 6)]
+    assert {r.reason for r in sink.readings if r.layer == "0" and r.step > 5} == {"the layer is not trained any more"}
+    monitor.close()
