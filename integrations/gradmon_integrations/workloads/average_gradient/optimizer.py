@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -195,8 +195,9 @@ class AverageGradient(Optimizer):
             news = self._look(loss, recorder, explored, random)
             plain = self.iterations == 1 or not (averaged or self.measure)
             loss.backward(retain_graph=not plain)
-            active = [parameter for parameter in parameters if parameter.grad is not None]
-            _check_gradients(active)
+            gradients = {parameter: found for parameter in parameters if (found := parameter.grad) is not None}
+            active = list(gradients)
+            _check_gradients(gradients.values())
             self._state.keep()
             state = self._state
             if plain:
@@ -363,13 +364,10 @@ def _check(base: Any, iterations: Any, functions: Mapping[Function, Slope], line
             raise ArgumentError("functions", must, repr(function))
 
 
-def _check_gradients(parameters: Sequence[Tensor]) -> None:
-    for parameter in parameters:
-        gradient = cast("Tensor", parameter.grad)
+def _check_gradients(gradients: Iterable[Tensor]) -> None:
+    for gradient in gradients:
         if gradient.layout is not torch.strided:
             message = (
                 "The average gradient needs dense gradients, and one is sparse: pass sparse=False to the embedding."
             )
             raise GradmonError(message)
-        if parameter.is_complex():
-            raise GradmonError("The average gradient needs real parameters: a complex number has no sign.")

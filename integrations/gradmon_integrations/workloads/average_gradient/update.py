@@ -40,10 +40,12 @@ class Candidate:
         large: The places of those parameters that are worked on one by one, small ones that lie out of order included.
 
     Raises:
-        GradmonError: Two of them share memory.
+        GradmonError: Two of them share memory, or one is complex.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
+        if any(map(torch.is_complex, parameters)):
+            raise GradmonError("The average gradient needs real parameters: a complex number has no sign.")
         _check_apart(parameters)
         self._parameters = list(parameters)
         self._kinds = _kinds(parameters)
@@ -60,6 +62,7 @@ class Candidate:
         self.large = [place for place in range(len(self.values)) if place not in small]
         for place in self.large:
             self.values[place] = torch.empty_like(self.values[place])
+        self._addresses = [value.data_ptr() for value in self.values]
         self._rooms: dict[torch.dtype, list[Tensor]] = {}
         self._spare: dict[int, Tensor] = {}
         self._gradients: dict[int, Tensor] = {}
@@ -122,8 +125,8 @@ class Candidate:
 
     def collect(self, parameters: Sequence[Tensor]) -> None:
         """Take up what the base optimizer made of the values, and its gradients off: the closure may change those."""
-        for parameter, value in zip(parameters, self.values, strict=True):
-            if parameter.data_ptr() != value.data_ptr():  # it did not write in place
+        for parameter, value, address in zip(parameters, self.values, self._addresses, strict=True):
+            if parameter.data_ptr() != address:  # it did not write in place
                 value.copy_(parameter)
             parameter.grad = None
 
