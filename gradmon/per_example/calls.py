@@ -156,7 +156,10 @@ class Tape:
         def evaluate(*parameters: Tensor) -> Tensor:
             now = {id(self._parameters[at]): value for at, value in zip(positions, parameters, strict=True)}
             for line in lines:
-                args, kwargs = map_tensors((line.args, line.kwargs), lambda t: now.get(id(t), t))
+                # Copies, because a call may overwrite what it is given, as one that fakes quantisation does its scales.
+                args, kwargs = map_tensors(
+                    (line.args, line.kwargs), lambda t: now[id(t)] if id(t) in now else t.clone()
+                )
                 if in_place(line.name):
                     args = (args[0].clone(), *args[1:])
                 with line.around:
