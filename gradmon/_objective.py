@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gradmon._batches import example_count, map_tensors
+from gradmon._behind import behind
 from gradmon._errors import ArgumentError, Unavailable
 from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import Sandbox
-from gradmon._snapshot import RandomState, modules_behind
+from gradmon._snapshot import RandomState
 from gradmon._tensors import ran_out, working
 from gradmon._types import Batch, Loss, Reduction
 from gradmon.team import Team, without_talk
@@ -105,9 +106,9 @@ class Objective:
         self.examples = example_count(batch)
         self.team = team
         self.epsilon = weights.epsilon
-        others = list(modules_behind(loss))
+        others = behind(loss)
         self.sandbox = Sandbox(self.model, weights.parameters, others, random)
-        self._silenced = [model, *others]
+        self._silenced = [model, *others.modules]
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Objective:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gradmon._behind import Behind
 from gradmon._snapshot import ModuleState, RandomState
 
 
@@ -41,7 +42,7 @@ class Sandbox:
     Args:
         model: The model.
         parameters: Its trainable parameters.
-        others: Other modules that a pass goes through, such as a loss with buffers of its own.
+        others: What else a pass may change: other modules, such as a loss with buffers of its own, and what it holds.
         random: The random states that every pass starts from; None for those found on entry.
     """
 
@@ -49,11 +50,12 @@ class Sandbox:
         self,
         model: nn.Module,
         parameters: Sequence[nn.Parameter],
-        others: Sequence[nn.Module] = (),
+        others: Behind | None = None,
         random: RandomState | None = None,
     ) -> None:
         self.model = model
-        self._others = list(others)
+        self._behind = Behind() if others is None else others
+        self._others = self._behind.modules
         self._start = random
         self.parameters = list(parameters)
         self._exit = contextlib.ExitStack()
@@ -65,7 +67,7 @@ class Sandbox:
             self._frozen = self._copied()
             self._held = [(p, p.data, p.grad, p.requires_grad, p._backward_hooks) for p in self._everything]
             self._found = RandomState()
-            self._modules = ModuleState([self.model, *self._others])
+            self._modules = ModuleState([self.model, *self._others], self._behind.values, self._behind.bindings)
             stack.callback(self._restore)
             QUIET.depth += 1
             stack.callback(_loud)

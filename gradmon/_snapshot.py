@@ -6,7 +6,7 @@ import copy
 import functools
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -60,15 +60,20 @@ class RandomState:
 class ModuleState:
     """Everything that modules hold, but for their parameters' values.
 
-    Attributes, modes, buffers and other tensors, numpy arrays, generators, and lists, dicts and sets of all these, at
-    any depth; submodules too, whether registered or not. Objects of other classes are kept by reference.
+    Attributes, modes, buffers and other tensors, numpy arrays, generators, and lists, dicts, sets and tuples of all
+    these, at any depth; submodules too, whether registered or not. Objects of other classes are kept by reference.
 
     Args:
         modules: The modules.
+        values: Tensors, arrays, generators and containers beside them; what is in the containers is not looked into.
+        bindings: What else puts something back, at any time.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self._undo: list[Callable[[], Any]] = []
+    def __init__(
+        self, modules: Sequence[nn.Module], values: Sequence[Any] = (), bindings: Sequence[Callable[[], Any]] = ()
+    ) -> None:
+        self._undo: list[Callable[[], Any]] = [*bindings]
+        self._undo += (undo for value in values if (undo := _keeper(value)) is not None)
         seen: set[int] = set()
         waiting: list[Any] = list(modules)
         while waiting:
@@ -80,17 +85,23 @@ class ModuleState:
                 held = vars(value)
                 self._undo.append(functools.partial(_restore_container, held, dict(held)))
                 waiting.extend(held.values())
-            elif isinstance(value, Tensor):
-                if not isinstance(value, nn.Parameter) and value.grad_fn is None:
-                    self._undo.append(functools.partial(_restore_tensor, value, value.data, _apart(value.data).clone()))
-            elif isinstance(value, (list, dict, set, deque)):
+                if isinstance(value, torch.jit.ScriptModule):
+                    waiting.extend(value.children())
+                    waiting.extend(self._scripted(value))
+                continue
+            if isinstance(value, (list, dict, set, deque, tuple)):
                 many = cast("Any", value)
-                self._undo.append(functools.partial(_restore_container, many, copy.copy(many)))
                 waiting.extend(many.values() if isinstance(value, dict) else many)
-            elif type(value) is tuple:
-                waiting.extend(cast("tuple[Any, ...]", value))
-            elif (undo := _keeper(value)) is not None:
+            undo = _keeper(value)
+            if undo is not None:
                 self._undo.append(undo)
+
+    def _scripted(self, module: Any) -> list[Any]:
+        """The buffers and attributes of a TorchScript module, which Python does not hold."""
+        inner, kinds = module._c, module._concrete_type.get_attributes()
+        held = {name: inner.getattr(name) for name, (_, is_parameter) in kinds.items() if not is_parameter}
+        self._undo += [functools.partial(inner.setattr, name, value) for name, value in held.items()]
+        return list(held.values())
 
     def restore(self) -> None:
         """Put everything back, without touching autograd's version counters."""
@@ -98,31 +109,13 @@ class ModuleState:
             undo()
 
 
-def modules_behind(function: Any) -> Iterator[nn.Module]:
-    """The modules that a loss holds: itself, the object it is bound to, what it closes over or names, its defaults."""
-    if isinstance(function, nn.Module):
-        yield function
-        return
-    if isinstance(function, functools.partial):
-        for held in (function.func, *function.args, *function.keywords.values()):
-            yield from modules_behind(held)
-        return
-    found: list[Any] = [getattr(function, "__self__", None)]
-    function = getattr(function, "__func__", function)
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        found += [function.__globals__.get(name) for name in code.co_names]
-        found += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        for cell in function.__closure__ or ():
-            try:
-                found.append(cell.cell_contents)
-            except ValueError:  # a variable that is not bound yet
-                continue
-    yield from (held for held in found if isinstance(held, nn.Module))
-
-
 def _keeper(value: Any) -> Callable[[], Any] | None:
-    """How to put an array or a generator back; None for other values."""
+    """How to put a tensor, an array, a generator or a container back; None for other values."""
+    if isinstance(value, Tensor):
+        return None if isinstance(value, nn.Parameter) or value.grad_fn is not None else _tensor_keeper(value)
+    if isinstance(value, (list, dict, set, deque)):
+        many = cast("Any", value)
+        return functools.partial(_restore_container, many, copy.copy(many))
     if isinstance(value, np.ndarray):
         return functools.partial(np.copyto, cast("np.ndarray[Any, Any]", value), value.copy())
     if isinstance(value, torch.Generator):
@@ -144,6 +137,19 @@ def _apart(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _tensor_keeper(tensor: Tensor) -> Callable[[], Any]:
+    """How to put a tensor's memory and what is in it back."""
+    if tensor.layout == torch.sparse_coo:
+        return functools.partial(_restore_sparse, tensor, tensor.data.clone())
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return functools.partial(tensor.data.copy_, tensor.data.clone())
+    return functools.partial(_restore_tensor, tensor, tensor.data, _apart(tensor.data).clone())
+
+
+def _restore_sparse(tensor: Tensor, content: Tensor) -> None:
+    tensor.data = content.clone()  # which holds other entries, too, where some have come
+
+
 def _restore_tensor(tensor: Tensor, data: Tensor, content: Tensor) -> None:
     tensor.data = data
     _apart(tensor.data).copy_(content)
@@ -152,6 +158,13 @@ def _restore_tensor(tensor: Tensor, data: Tensor, content: Tensor) -> None:
 def _restore_container(now: Any, before: Any) -> None:
     if _identical(now, before):
         return
+    if isinstance(now, dict):  # never without what it held all along: other threads may look into it
+        names, held = cast("dict[Any, Any]", now), cast("dict[Any, Any]", before)
+        for name in [name for name in names if name not in held]:
+            del names[name]
+        names.update(held)
+        if _identical(now, before):
+            return
     now.clear()
     extend = now.extend if isinstance(now, (list, deque)) else now.update  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     extend(before)

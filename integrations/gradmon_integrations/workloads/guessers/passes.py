@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradmon._batches import example_count, map_tensors
+from gradmon._behind import behind
 from gradmon._errors import ArgumentError
 from gradmon._parameters import trainable, unwrapped
 from gradmon._sandbox import QUIET
-from gradmon._snapshot import ModuleState, RandomState, modules_behind
+from gradmon._snapshot import ModuleState, RandomState
 from gradmon._types import Batch, Loss
 from gradmon_integrations.workloads.guessers.followers import Inject, Injector, Visitor, differs, swapped
 from gradmon_integrations.workloads.guessers.inputs import Inputs
@@ -108,9 +109,10 @@ class Passes:
             return
         self._remembered = True
         self._random = RandomState()
-        modules = [self.model, *modules_behind(self._behind)]
+        around = behind(self._behind)
+        modules = [self.model, *around.modules]
         # Attributes are put back once; between passes only what a pass of an ordinary model depends on.
-        self._modules = None if self.settle else ModuleState(modules)
+        self._modules = None if self.settle else ModuleState(modules, around.values, around.bindings)
         self._buffers = [(held, held.clone()) for module in modules for held in module.buffers()]
 
     def _rewind(self) -> None:
