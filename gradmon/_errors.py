@@ -30,3 +30,11 @@ class Unavailable(GradmonError):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, for a reason: its kind and what it says, where it can say anything."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # it runs inside the training's passes, and the class is the caller's
+        return type(error).__name__

@@ -112,11 +112,14 @@ class Objective:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Objective:
-        with contextlib.ExitStack() as stack:
+        self._exit = stack = contextlib.ExitStack()
+        try:
             stack.enter_context(without_talk(self._silenced))
             stack.enter_context(self.sandbox)
-            self._exit = stack.pop_all()
-        return self
+            return self
+        except BaseException:  # also an interrupt: nobody is going to call __exit__
+            stack.close()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

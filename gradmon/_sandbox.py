@@ -61,7 +61,8 @@ class Sandbox:
         self._exit = contextlib.ExitStack()
 
     def __enter__(self) -> Sandbox:
-        with contextlib.ExitStack() as stack:
+        self._exit = stack = contextlib.ExitStack()
+        try:
             held = [p for module in (self.model, *self._others) for p in module.parameters()]
             self._everything = list({id(p): p for p in [*self.parameters, *held]}.values())
             self._frozen = self._copied()
@@ -69,8 +70,8 @@ class Sandbox:
             self._found = RandomState()
             self._modules = ModuleState([self.model, *self._others], self._behind.values, self._behind.bindings)
             stack.callback(self._restore)
+            stack.callback(_loud, QUIET.depth)
             QUIET.depth += 1
-            stack.callback(_loud)
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for kind in {parameter.device.type for parameter in self._everything} | {"cpu"}:
@@ -86,8 +87,10 @@ class Sandbox:
                 parameter.grad = None
                 if hooks:
                     parameter._backward_hooks = None
-            self._exit = stack.pop_all()
-        return self
+            return self
+        except BaseException:  # also an interrupt: nobody is going to call __exit__
+            stack.close()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -105,6 +108,13 @@ class Sandbox:
         return [parameter for parameter in limited if id(parameter) not in trained]
 
     def _restore(self) -> None:
+        try:
+            self._put_back()
+        except BaseException:  # an interrupt: half of it is not enough
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
         for parameter, data, grad, requires_grad, hooks in self._held:
             parameter.data = data
             parameter.grad = grad
@@ -140,8 +150,8 @@ class Sandbox:
                 parameter.data = data
 
 
-def _loud() -> None:
-    QUIET.depth -= 1
+def _loud(depth: int) -> None:
+    QUIET.depth = depth
 
 
 def unpacked() -> contextlib.AbstractContextManager[Any]:

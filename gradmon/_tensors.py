@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gradmon._errors import OUT_OF_MEMORY, Unavailable
+from gradmon._errors import OUT_OF_MEMORY, Unavailable, told
 
 _CHUNK = 1 << 20
 _WORTH_HALVING = 1 << 23
@@ -33,7 +33,7 @@ def ran_out(error: Exception) -> bool:
     if isinstance(error, Unavailable):
         return error.reason == OUT_OF_MEMORY
     # On the CPU torch raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in told(error)
 
 
 def to_plain(tensor: Tensor) -> dict[str, Any]:

@@ -49,7 +49,8 @@ class Failures(Counter[str]):
             self[where] += 1
             first = self[where] == 1
         if first:
-            _LOG.error("%s: %s failed; training goes on", self.run, where, exc_info=error)
+            with contextlib.suppress(Exception):  # a handler or a filter of the caller's
+                _LOG.error("%s: %s failed; training goes on", self.run, where, exc_info=error)
 
     def guard(self, where: str, work: Callable[[], _T], otherwise: _T) -> _T:
         """What the work returns; where it fails, that is noted, and something else is returned."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gradmon._errors import Unavailable
+from gradmon._errors import Unavailable, told
 from gradmon._evidence import Step, StepPair, evidence_from_plain, evidence_to_plain
 from gradmon._parameters import Weights
 from gradmon._reading import NOT_TRAINED, Reading
@@ -218,7 +218,7 @@ class Reader:
         return readings
 
     def _failed(self, metric: Metric, error: Exception, step: int) -> Reading:
-        reason = f"{type(error).__name__}: {error}"
+        reason = told(error)
         self._in_a_row[metric.name] += 1
         if self._in_a_row[metric.name] >= _PATIENCE:
             self.given_up[metric.name] = f"given up after {_PATIENCE} failures in a row: {reason}"

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import nn
 from torch.optim import Optimizer
 
-from gradmon._errors import ArgumentError
+from gradmon._errors import ArgumentError, told
 from gradmon._reading import Reading
 from gradmon._types import Batch, Loss, Reduction
 from gradmon.alerts import Above, Rule, Stuck, default_rules
@@ -130,7 +130,7 @@ class Start:
             self.found = judged(self._look(optimizer, batch, taken, rates))
         except Exception as error:
             failures.note("preflight", error)
-            return [Reading(RISK, math.nan, step, reason=f"{type(error).__name__}: {error}")]
+            return [Reading(RISK, math.nan, step, reason=told(error))]
         self._follows = True
         return self.found.to_readings(step)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gradmon._batches import batch_tensors, example_count, holds_counts, replace_tensor
-from gradmon._errors import GradmonError, Unavailable
+from gradmon._errors import GradmonError, Unavailable, told
 from gradmon._objective import Gradient, Objective
 from gradmon._tensors import length, ran_out
 from gradmon._types import Batch
@@ -146,8 +146,7 @@ class PerExample:
             except Exception as error:
                 if ran_out(error):
                     raise
-                kind = type(error).__name__
-                raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
+                raise Unavailable(f"the forward pass cannot be looked into: {told(error)}") from error
         return capture, loss
 
     def run(

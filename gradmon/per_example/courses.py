@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gradmon._batches import example_count, map_tensors, tensors
-from gradmon._errors import GradmonError, Unavailable
+from gradmon._errors import GradmonError, Unavailable, told
 from gradmon._parameters import Weights
 from gradmon._sandbox import Sandbox
 from gradmon._tensors import ran_out
@@ -110,8 +110,7 @@ class Courses:
                 except Exception as error:
                     if ran_out(error):
                         raise
-                    kind = type(error).__name__
-                    raise Unavailable(f"the forward pass cannot be looked into: {kind}: {error}") from error
+                    raise Unavailable(f"the forward pass cannot be looked into: {told(error)}") from error
                 if capture.x is not None:
                     tell(Seen("x", [], 1, [capture.x.detach().clone()], []))
 

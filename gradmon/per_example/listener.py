@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradmon._batches import example_count, holds_counts, map_tensors, tensors
-from gradmon._errors import GradmonError, Unavailable
+from gradmon._errors import GradmonError, Unavailable, told
 from gradmon._parameters import Weights, unwrapped
 from gradmon._sandbox import quiet_depth
 from gradmon._types import Batch
@@ -295,7 +295,7 @@ class Listener:
         except Unavailable as missing:
             recorder.fail(missing.reason)
         except Exception as error:
-            recorder.fail(f"{type(error).__name__}: {error}")
+            recorder.fail(told(error))
         return None
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmon._errors import Unavailable
+from gradmon._errors import Unavailable, told
 from gradmon._parameters import Weights
 from gradmon.per_example._autograd import after_backward, running_backward, version
 from gradmon.per_example.arrival import TOO_LARGE, Source, arrival_hook, picked, recomputed, rows_size, source_of
@@ -336,7 +336,7 @@ class Recorder:
             now = running_backward() if task is None else task
             self.collected.add_gradient(position, -1 if now is None else now, gradient)
         except Exception as error:
-            self.fail(f"{type(error).__name__}: {error}")
+            self.fail(told(error))
 
     @property
     def task(self) -> int:

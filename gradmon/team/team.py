@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradmon._errors import OUT_OF_MEMORY, GradmonError, Unavailable
+from gradmon._errors import OUT_OF_MEMORY, GradmonError, Unavailable, told
 from gradmon._tensors import Coordinates, ran_out, wide
 from gradmon.team.channel import Channel, Lost
 from gradmon.team.ranks import Place, Ranks
@@ -167,7 +167,7 @@ class Team:
     def trouble(self, error: Exception) -> None:
         """Note what happened on this rank, for the others to hear where it leads this one astray."""
         if not isinstance(error, Unavailable) and self._trouble is None:
-            self._trouble = f"{type(error).__name__}: {error}"[:500]
+            self._trouble = told(error)[:500]
 
     def leave(self, what: str) -> None:
         """Tell the others not to wait for this rank any more; it ``"has ended"``, say."""
