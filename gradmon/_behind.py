@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 _BYTES = 1 << 24
 """The most bytes of tensors and arrays that are kept, the nearest first: what is larger is data, which a loss reads."""
-_ENTRIES = 10_000
-"""The most entries of containers."""
+_ENTRIES = 1000
+"""The most entries of containers: what is longer is data, too, and would be slow to put back after every pass."""
 _FOREIGN = sys.stdlib_module_names | {"torch", "numpy", "gradmon", "gradmon_integrations"}
 """The packages whose functions and objects hold nothing of the caller's."""
 
