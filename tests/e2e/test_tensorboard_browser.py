@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from gradmon import Monitor, every
 from gradmon_integrations.sinks.tensorboard import TensorBoardSink
 from tests.e2e.browser import browser, opened
+from tests.e2e.servers import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.browser]
 
@@ -147,10 +148,13 @@ def test_time_series_are_drawn(chromium, url):
         page.locator("card-view", has_text="batch-dissonance/gradient_coherence").first.wait_for(timeout=PATIENCE)
         page.locator("metrics-tag-filter-component input").fill("log10_weight_condition|health/loss")
         for tag in ("health/loss", "step-consistency/log10_weight_condition"):
-            card = page.locator("card-view", has_text=tag).first
-            card.locator("svg path").first.wait_for(state="attached", timeout=PATIENCE)
-            lines = card.locator("svg path").evaluate_all("paths => paths.map(path => path.getAttribute('d') || '')")
-            assert len([line for line in lines if line.count("L") >= 5]) >= 2, tag
+            paths = page.locator("card-view", has_text=tag).first.locator("svg path")
+
+            def drawn(paths=paths):
+                lines = paths.evaluate_all("paths => paths.map(path => path.getAttribute('d') || '')")
+                return len([line for line in lines if line.count("L") >= 5]) >= 2
+
+            until(drawn, f"the lines of {tag}")
 
 
 def test_the_alerts_are_a_table(chromium, url):
