@@ -12,10 +12,11 @@ from types import CellType, CodeType, FunctionType, MethodType, ModuleType, Simp
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_BYTES = 1 << 24
+_BYTES = 1 << 20
 """The most bytes of tensors and arrays that are kept, the nearest first: what is larger is data, which a loss reads."""
 _ENTRIES = 1000
 """The most entries of containers: what is longer is data, too, and would be slow to put back after every pass."""
@@ -73,7 +74,7 @@ def behind(loss: Any) -> Behind:
                 entries -= len(many)
                 waiting += ((part, False) for part in (many.values() if isinstance(value, dict) else many))
         elif isinstance(value, (Tensor, np.ndarray)):
-            size = cast("Any", value).nbytes
+            size = _size(cast("Any", value))
             if size <= room:
                 room -= size
                 found.values.append(cast("Any", value))
@@ -115,6 +116,13 @@ def _reached(function: FunctionType, owner: Any, bindings: list[Callable[[], Any
             kind = cast("Any", type(one))
             methods = (getattr(kind, name, None) for name in names.attributes)
             yield from (MethodType(method, one) for method in methods if isinstance(method, FunctionType))
+
+
+def _size(value: Any) -> int:
+    """The bytes of a tensor or an array."""
+    if isinstance(value, Tensor) and value.layout == torch.sparse_coo:
+        return value._indices().nbytes + value._values().nbytes
+    return int(value.nbytes)
 
 
 def _bind(space: dict[str, Any], before: dict[str, Any], names: Iterable[str] | None) -> None:

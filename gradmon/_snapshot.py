@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from gradmon._tensors import from_plain, to_plain
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of as many bytes."""
+
 
 class RandomState:
     """The global random states as found: torch on the CPU and on every CUDA device, numpy, Python."""
@@ -117,7 +120,8 @@ def _keeper(value: Any) -> Callable[[], Any] | None:
         many = cast("Any", value)
         return functools.partial(_restore_container, many, copy.copy(many))
     if isinstance(value, np.ndarray):
-        return functools.partial(np.copyto, cast("np.ndarray[Any, Any]", value), value.copy())
+        array = cast("np.ndarray[Any, Any]", value)
+        return functools.partial(_restore_array, array, array.copy()) if array.flags.writeable else None
     if isinstance(value, torch.Generator):
         return functools.partial(value.set_state, value.get_state())
     if isinstance(value, random.Random):
@@ -152,7 +156,26 @@ def _restore_sparse(tensor: Tensor, content: Tensor) -> None:
 
 def _restore_tensor(tensor: Tensor, data: Tensor, content: Tensor) -> None:
     tensor.data = data
-    _apart(tensor.data).copy_(content)
+    now = _apart(tensor.data)
+    if not _is_unchanged(now, content):
+        now.copy_(content)
+
+
+def _is_unchanged(now: Tensor, before: Tensor) -> bool:
+    """Whether a tensor on the CPU holds the same bits: its memory may be a file's that must not be written to."""
+    if type(now) is not Tensor or not now.is_cpu or now.is_quantized or now.is_conj() or now.is_neg():
+        return False
+    if now.is_complex():
+        now, before = torch.view_as_real(now), torch.view_as_real(before)
+    if now.is_floating_point():  # NaN is not equal to itself, and 0 is to -0
+        bits = _BITS[now.element_size()]
+        now, before = now.view(bits), before.view(bits)
+    return torch.equal(now, before)
+
+
+def _restore_array(now: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:
+    if now.dtype.hasobject or not np.array_equal(now, before):
+        np.copyto(now, before)
 
 
 def _restore_container(now: Any, before: Any) -> None:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from gradmon._errors import ArgumentError
+from gradmon._errors import ArgumentError, told
 from gradmon._reading import Alert, Reading, Severity, State
 
 Remedy = str | Callable[[Reading, Mapping[str, float]], str]
@@ -123,7 +123,7 @@ class Switching(ABC):
         try:
             return str(self.remedy(reading, dict(self._known)))
         except Exception as error:
-            return f"The rule's remedy failed: {type(error).__name__}: {error}"
+            return f"The rule's remedy failed: {told(error)}"
 
     def state_dict(self) -> dict[str, Any]:
         """What the rule remembers, as plain types."""
@@ -167,12 +167,12 @@ def check_limit(name: str, limit: object) -> None:
 
 def apart(value: float, limit: float) -> tuple[str, str]:
     """A number and a limit, in four digits, or in as many as tell them apart."""
-    told = f"{value:.4g}", f"{limit:.4g}"
+    shown = f"{value:.4g}", f"{limit:.4g}"
     for digits in range(5, 18):
-        if told[0] != told[1] or value == limit:
+        if shown[0] != shown[1] or value == limit:
             break
-        told = f"{value:.{digits}g}", f"{limit:.{digits}g}"
-    return told
+        shown = f"{value:.{digits}g}", f"{limit:.{digits}g}"
+    return shown
 
 
 def speaks_of(reading: Reading, metric: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmon._errors import Unavailable
+from gradmon._errors import Unavailable, told
 from gradmon._tensors import ran_out
 from gradmon.per_example._autograd import version
 from gradmon.per_example.cut import Cut
@@ -110,7 +110,7 @@ class Repeated:
         except Exception as error:
             if ran_out(error):
                 raise
-            raise Unavailable(f"`{use.name}` cannot be called again: {type(error).__name__}: {error}") from error
+            raise Unavailable(f"`{use.name}` cannot be called again: {told(error)}") from error
 
     def own_flows(self) -> list[Tensor | None]:
         """What arrived at each output from elsewhere than from the call's other outputs.

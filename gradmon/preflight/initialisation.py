@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gradmon._errors import ArgumentError
+from gradmon._errors import ArgumentError, told
 from gradmon._objective import Objective
 from gradmon._parameters import Weights, layer_of
 from gradmon._tensors import ran_out
@@ -163,7 +163,7 @@ def _forward(objective: Objective, passes: Passes, calls: Calls, then: object = 
         except ArgumentError:
             raise
         except Exception as error:
-            raise ArgumentError("loss", "run on `model` and `batch`", f"{type(error).__name__}: {error}") from error
+            raise ArgumentError("loss", "run on `model` and `batch`", told(error)) from error
         if callable(then):
             then()
     return calls

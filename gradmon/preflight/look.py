@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gradmon._batches import example_count
-from gradmon._errors import OUT_OF_MEMORY, ArgumentError, Unavailable
+from gradmon._errors import OUT_OF_MEMORY, ArgumentError, Unavailable, told
 from gradmon._objective import Gradient, Objective
 from gradmon._parameters import Weights, check_trains
 from gradmon._tensors import length, ran_out, wide
@@ -256,7 +256,7 @@ class _Looking:
 
 def _told(error: Exception) -> str:
     """An error in one line, without the full stop that follows a reason anyway."""
-    return f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(".")
+    return told(error).partition("\n")[0].rstrip(".")
 
 
 def first_gradient(objective: Objective) -> Gradient:
@@ -272,7 +272,7 @@ def first_gradient(objective: Objective) -> Gradient:
     except Unavailable as missing:
         raise ArgumentError("loss", "have a gradient", missing.reason) from missing
     except Exception as error:
-        raise ArgumentError("loss", "run on `model` and a batch", f"{type(error).__name__}: {error}") from error
+        raise ArgumentError("loss", "run on `model` and a batch", told(error)) from error
 
 
 def _rows(tensor: Tensor) -> Tensor:

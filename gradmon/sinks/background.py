@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from gradmon._errors import told
 from gradmon._reading import Alert, Reading
 from gradmon.sinks.base import EndAware, InfoAware, RunAware, Sink
 
@@ -149,7 +150,7 @@ class _Queue:
             except Exception as error:
                 self._fail(error)
             except BaseException as error:  # `sys.exit` in a sink must not leave a queue that nobody empties
-                self._fail(SinkExit(f"{type(error).__name__}: {error}"))
+                self._fail(SinkExit(told(error)))
 
     def end(self) -> None:
         """Let the thread go when it has done what waits."""

@@ -126,3 +126,32 @@ def test_data_that_a_loss_reads_is_not_copied():
 
     held = gradmon._behind.behind(loss).values
     assert not any(value is data or value is many[0] for value in held)
+
+
+def mapped(folder):
+    """A tensor whose memory is a file's, which must not be written to; NaN is not equal to itself."""
+    np.save(folder / "held.npy", np.array([[1.0, np.nan], [-0.0, 2.0]], dtype=np.float32))
+    return torch.from_numpy(np.load(folder / "held.npy", mmap_mode="r"))
+
+
+READ_ONLY = {
+    "mapped tensor": mapped,
+    "mapped complex tensor": lambda folder: torch.view_as_complex(mapped(folder)),
+    "mapped array": lambda folder: mapped(folder) is None or np.load(folder / "held.npy", mmap_mode="r"),
+    "array": lambda folder: np.broadcast_to(np.ones(2), (3, 2)),
+    "sparse tensor": lambda folder: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("place", ["loss", "model"])
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_what_cannot_be_written_to_is_left_alone(name, place, tmp_path):
+    held, model = READ_ONLY[name](tmp_path), mlp(torch.float32)
+    if place == "model":
+        model.held = held
+
+    def loss(model, batch):
+        return mse(model, batch) if held is not None else None
+
+    assert gradmon.measure(model, loss if place == "loss" else mse, regression(), metrics=["loss"])["loss"].value > 0

@@ -48,7 +48,7 @@ class OptimizerState:
         """Copy the state as it is now."""
         if not self._is_known():
             self._look()
-        if self._tensors is not self._sorted:
+        if self._sorted is None or not _same(self._sorted, self._tensors):
             self._sort()
         if not self._whole:
             return
