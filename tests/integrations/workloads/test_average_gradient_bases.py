@@ -135,35 +135,6 @@ def test_a_step_to_infinity_stands_where_the_average_is_not_a_number() -> None:
     assert torch.equal(out, torch.tensor([-torch.inf, torch.inf, 2.0]))
 
 
-class Counting(torch.optim.SGD):
-    """Keeps a number in its state that belongs to no parameter."""
-
-    def step(self, closure: Any = None) -> Any:
-        self.state["steps"] = self.state.get("steps", 0) + 1  # type: ignore[index]
-        return super().step(closure)
-
-
-def test_a_state_that_belongs_to_no_parameter_is_put_back() -> None:
-    model, data = chain(torch.tanh, [5, 6, 3]), batch(8, 5, 3)
-    optimizer = AverageGradient(Counting(model.parameters(), lr=0.5, momentum=0.9))
-    for _ in range(2):
-        optimizer.step(closure_of(model, data))
-    calls = iter([True, False])
-
-    def failing() -> Tensor:
-        if not next(calls):
-            raise RuntimeError("no data")
-        return closure_of(model, data)()
-
-    before = state_of(model)
-    with pytest.raises(RuntimeError, match="no data"):
-        optimizer.step(failing)
-    assert optimizer.state["steps"] == 2  # type: ignore[index]
-    assert_same(before, state_of(model))
-    optimizer.step(closure_of(model, data))
-    assert optimizer.state["steps"] == 3  # type: ignore[index]
-
-
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
 def test_fused_bases_step_weights_in_any_order_of_memory_as_others_do(base: Any) -> None:
     found = []

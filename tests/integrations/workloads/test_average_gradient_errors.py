@@ -36,7 +36,6 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
         ({"iterations": 0}, r"`iterations` must be a whole number of at least 1. Got 0\."),
         ({"iterations": 2.5}, r"`iterations` must be a whole number"),
         ({"iterations": True}, r"`iterations` must be a whole number"),
-        ({"undo": -1}, r"`undo` must be a whole number of bytes. Got -1"),
         ({"linear": "secant"}, r'`linear` must be "plain" or "midpoint". Got \'secant\''),
         ({"functions": {F.relu: 1.0}}, r"`functions` must lead from functions to their slopes"),
     ],
@@ -239,7 +238,7 @@ def test_a_function_that_is_not_elementwise_is_refused() -> None:
 
 @pytest.mark.parametrize("failing", [1, 2, 3])
 @pytest.mark.parametrize("base", ["sgd", "adam", "fresh adam"])
-def test_a_closure_that_fails_leaves_everything_as_it_was(failing: int, base: str) -> None:
+def test_a_closure_that_fails_leaves_all_but_the_bases_state_as_it_was(failing: int, base: str) -> None:
     model, inputs, targets = model_and_data()
     inner = (
         torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -263,7 +262,7 @@ def test_a_closure_that_fails_leaves_everything_as_it_was(failing: int, base: st
 
     weights, state, random = state_of(model), copy.deepcopy(inner.state_dict()), torch.get_rng_state()
     pointers = [p.data_ptr() for p in model.parameters()]
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         optimizer.step(broken)
     assert count.calls == failing
     assert_same(weights, state_of(model))
@@ -273,7 +272,12 @@ def test_a_closure_that_fails_leaves_everything_as_it_was(failing: int, base: st
     now = inner.state_dict()
     assert now["param_groups"] == state["param_groups"]
     assert now["state"].keys() == state["state"].keys()
-    for place, held in state["state"].items():
+    # A state that there was before is not copied in each step: once the base has made its step, the exception says so.
+    advanced = base != "fresh adam" and failing > 1
+    notes = getattr(caught.value, "__notes__", [])
+    assert len(notes) == advanced
+    assert all("The base optimizer's state may have taken up the gradient" in note for note in notes)
+    for place, held in () if advanced else state["state"].items():
         assert_same(
             {k: torch.as_tensor(v) for k, v in held.items() if v is not None},
             {k: torch.as_tensor(v) for k, v in now["state"][place].items() if v is not None},
@@ -303,85 +307,3 @@ def test_a_failing_replay_gives_the_modules_their_buffers_back() -> None:
             optimizer.step(broken)
         assert norm.running_mean is held
         assert int(norm.num_batches_tracked) == 0
-
-
-def test_a_state_that_is_too_large_to_be_copied_is_not_put_back_and_the_error_says_so() -> None:
-    model, inputs, targets = model_and_data()
-    inner = torch.optim.Adam(model.parameters())
-    optimizer = AverageGradient(inner, undo=100)
-    optimizer.step(lambda: F.mse_loss(model(inputs), targets))
-    count, before = Count(), state_of(model)
-
-    def broken() -> Tensor:
-        if count() == 2:
-            raise RuntimeError("broken")
-        return F.mse_loss(model(inputs), targets)
-
-    with pytest.raises(RuntimeError, match="broken") as caught:
-        optimizer.step(broken)
-    assert "The base optimizer's state has taken up the gradient" in caught.value.__notes__[0]
-    assert_same(before, state_of(model))
-    assert {int(held["step"]) for held in inner.state.values()} == {2}
-
-
-def failing_step(optimizer: AverageGradient, closure: Callable[[], Tensor]) -> None:
-    calls = iter([True, False])
-
-    def broken() -> Tensor:
-        if not next(calls):
-            raise RuntimeError("broken")
-        return closure()
-
-    with pytest.raises(RuntimeError, match="broken"):
-        optimizer.step(broken)
-
-
-def test_a_state_that_was_handed_to_another_parameter_is_put_back_there() -> None:
-    torch.manual_seed(0)
-    x, held = torch.randn(6, 5), [nn.Parameter(torch.randn(5, 4))]
-    base = torch.optim.SGD(held, lr=0.1, momentum=0.9)
-    optimizer = AverageGradient(base)
-
-    def loss() -> Tensor:
-        return torch.tanh(x @ held[0]).square().mean()
-
-    for _ in range(2):
-        optimizer.step(loss)
-    old = held[0]
-    held[0] = base.param_groups[0]["params"][0] = nn.Parameter(old.detach().clone())
-    base.state[held[0]] = base.state.pop(old)
-    momentum = base.state[held[0]]["momentum_buffer"].clone()
-    failing_step(optimizer, loss)
-    assert list(base.state) == held
-    assert torch.equal(base.state[held[0]]["momentum_buffer"], momentum)
-
-
-@pytest.mark.parametrize("alike", [False, True])
-@pytest.mark.parametrize(
-    ("size", "change"),
-    [
-        (6, lambda data: data[:4]),
-        (6, lambda data: data.T),
-        (6, lambda data: data.double() / 3),
-        (150, lambda data: data.double() / 3),
-    ],
-)
-def test_a_state_whose_data_is_another_view_or_of_another_type_is_put_back(
-    size: int, change: Callable[[Tensor], Tensor], alike: bool
-) -> None:
-    torch.manual_seed(0)
-    first, second = nn.Parameter(torch.randn(size, size)), nn.Parameter(torch.randn(size, size if alike else 2))
-    base = torch.optim.SGD([first, second], lr=0.1, momentum=0.9)
-    optimizer = AverageGradient(base)
-
-    def loss() -> Tensor:
-        return torch.tanh(first).square().mean() + torch.tanh(second).mean()
-
-    for _ in range(2):
-        optimizer.step(loss)
-    held = [base.state[parameter]["momentum_buffer"] for parameter in (first, second)]
-    first.data, held[0].data = change(first.data), change(held[0].data)
-    before = [momentum.clone() for momentum in held]
-    failing_step(optimizer, loss)
-    for momentum, then in zip(held, before, strict=True):
-        assert torch.equal(momentum, then)

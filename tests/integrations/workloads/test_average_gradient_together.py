@@ -60,13 +60,40 @@ def test_what_does_not_lie_in_order_or_has_another_slope_does_not_wait() -> None
     call, x_after, y_after = next(found for found in waiting(torch.float32, 0) if found[1].shape == (4, 4))
     secants = Secants()
     assert not secants.take(call, x_after.T, y_after)
-    assert not secants.take(call, x_after, y_after.T)
     assert not secants.take(call, x_after.double(), y_after)
-    assert not secants.take(Call(call.form, call.shape, (), None), x_after, y_after)
+    with torch.inference_mode():
+        unseen = y_after.clone()
+    assert not secants.take(call, x_after, unseen)
     call.form = Form(torch.tanh, "tanh", lambda x, y, x_after, y_after: y_after - y)
     assert not secants.take(call, x_after, y_after)
     assert secants.finish()
     assert call.slope is None
+
+
+def test_small_tensors_that_do_not_lie_in_order_wait_where_their_input_after_the_step_does() -> None:
+    call, x_after, y_after = next(found for found in waiting(torch.float32, 0) if found[1].shape == (4, 4))
+    call.between(x_after, y_after)
+    wanted, call.slope = call.slope, None
+    assert wanted is not None
+    assert call.x is not None
+    assert call.y is not None
+    call.keep(call.x.T.contiguous().T, call.y.T.contiguous().T)
+    secants = Secants()
+    assert secants.take(call, x_after, y_after.T.contiguous().T)
+    assert secants.finish()
+    assert torch.equal(call.slope, wanted)
+
+
+def test_slopes_are_of_the_type_of_the_inputs_before_the_step() -> None:
+    call, x_after, y_after = next(found for found in waiting(torch.float32, 0) if found[1].shape == (4, 4))
+    secants = Secants()
+    assert secants.take(call, x_after.double(), y_after.double())
+    assert secants.finish()
+    assert call.slope is not None
+    found = call.slope
+    call.between(x_after.double(), y_after.double())
+    assert found.dtype is torch.float32
+    assert torch.equal(found, call.slope)
 
 
 @pytest.mark.parametrize("written", [1, 2])
@@ -244,23 +271,6 @@ def test_a_step_to_infinity_stands_where_the_signs_agree_and_a_zero_stays() -> N
     out = torch.empty(4)
     signed_step(before, after, gradient, average, out)
     assert torch.equal(out, torch.tensor([-torch.inf, torch.inf, 1.0, 1.0]))
-
-
-def test_the_state_of_a_base_with_one_small_tensor_is_put_back() -> None:
-    weight = nn.Parameter(torch.tensor([0.5, -0.3]))
-    base = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
-    optimizer = AverageGradient(base)
-    optimizer.step(lambda: torch.tanh(weight).square().sum())
-    momentum, calls = base.state[weight]["momentum_buffer"].clone(), iter([True, False])
-
-    def failing() -> Tensor:
-        if not next(calls):
-            raise RuntimeError("no data")
-        return torch.tanh(weight).square().sum()
-
-    with pytest.raises(RuntimeError, match="no data"):
-        optimizer.step(failing)
-    assert torch.equal(base.state[weight]["momentum_buffer"], momentum)
 
 
 def test_of_weights_that_climb_no_more_is_turned_around_than_their_gradients() -> None:

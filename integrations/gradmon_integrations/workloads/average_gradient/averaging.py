@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradmon_integrations.workloads.average_gradient.keeping import Buffers
+from gradmon_integrations.workloads.average_gradient.buffers import Buffers
 from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
 from gradmon_integrations.workloads.average_gradient.recording import Recorder, Replayer
 from gradmon_integrations.workloads.average_gradient.secants import Secants

@@ -19,7 +19,6 @@ class Call:
         shape: Of its input; None where that of another call may be another.
         options: Its other arguments, without tensors.
         weight: The weight of a linear function.
-        lasting: Whether the weight is a parameter.
         x: Its input, as it was then; None where no slope is wanted.
         y: Its output, likewise.
         versions: Of the two, to see whether somebody wrote into them later.
@@ -33,7 +32,6 @@ class Call:
 
     x: Tensor | None = None
     y: Tensor | None = None
-    lasting = False
     versions = (0, 0)
     inner: Any = None
     outer: Any = None
@@ -44,9 +42,13 @@ class Call:
 
     def __init__(self, form: Form, shape: torch.Size | None, options: Any, weight: Tensor | None) -> None:
         self.form, self.shape, self.options, self.weight = form, shape, options, weight
-        if weight is not None:
-            # The first question is far quicker than the second, and mostly settles it.
-            self.lasting = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the weight is a parameter: others are made anew in each forward pass."""
+        weight = self.weight
+        # The last question takes far longer than the others, which mostly settle it.
+        return weight is not None and (type(weight) is nn.Parameter or isinstance(weight, nn.Parameter))
 
     def keep(self, x: Tensor, y: Tensor) -> None:
         """Keep input and output."""
@@ -112,4 +114,4 @@ class Call:
         """Let go of all tensors and nodes, which refer to each other in a circle."""
         if self.middle is not None:
             self.middle.release()
-        self.__dict__.clear()
+        self.x = self.y = self.inner = self.outer = self.slope = self.near = self.received = None

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from gradmon._errors import ArgumentError, GradmonError
 from gradmon_integrations.workloads.average_gradient.averaging import Averaging, place
+from gradmon_integrations.workloads.average_gradient.buffers import Buffers
 from gradmon_integrations.workloads.average_gradient.graph import check_graph
-from gradmon_integrations.workloads.average_gradient.keeping import Buffers, OptimizerState
 from gradmon_integrations.workloads.average_gradient.measurement import Measurement
 from gradmon_integrations.workloads.average_gradient.randomness import RandomStates
 from gradmon_integrations.workloads.average_gradient.recording import Recorder
@@ -26,10 +26,7 @@ from gradmon_integrations.workloads.average_gradient.watching import Table, Watc
 Closure = Callable[[], Tensor]
 Linear = Literal["plain", "midpoint"]
 
-_ADVANCED = (
-    "The base optimizer's state has taken up the gradient of the step that failed: it was larger than `undo` of "
-    "AverageGradient."
-)
+_ADVANCED = "The base optimizer's state may have taken up the gradient of this step; the weights are those before it."
 _RETURNS = "be a function that returns the loss, and leaves the backward pass to the optimizer"
 
 
@@ -61,8 +58,8 @@ class AverageGradient(Optimizer):
     The closure is called once for each iteration, with the same random numbers (torch's; also numpy's and Python's, if
     it draws from them the first time), and buffers as the first call found them: dropout repeats its mask, and the
     statistics of BatchNorm change once. It must use the same batch, and change no state but buffers. If it fails, in
-    whichever call, weights, random states, buffers and the base's state are put back, and there are no gradients; a
-    base's state of more than `undo` bytes is not, and the exception says so.
+    whichever call, weights, random states and buffers are put back, and there are no gradients. In the first step of
+    all the base's state is put back, too; later it may have taken up the gradient, and a note on the exception says so.
 
     Beside what the base optimizer takes, one more copy of the weights is kept from step to step, and a step holds the
     inputs, outputs and slopes of the nonlinearities. With more than 2 iterations it holds a second copy, which is kept
@@ -85,7 +82,6 @@ class AverageGradient(Optimizer):
             ``torch.overrides.wrap_torch_function`` decorates them: calls of others are not seen.
         linear: Whether linear layers keep their Jacobians ("plain") or take those of the step's middle ("midpoint").
         measure: Whether to compare each step with the base optimizer's, for one more forward pass a step.
-        undo: Up to how many bytes of the base optimizer's state are copied before each step.
 
     Attributes:
         base: The base optimizer.
@@ -116,12 +112,10 @@ class AverageGradient(Optimizer):
         functions: Mapping[Function, Slope] = FUNCTIONS,
         linear: Linear = "plain",
         measure: bool = False,
-        undo: int = 1 << 20,
     ) -> None:
-        _check(base_optimizer, iterations, functions, linear, undo)
+        _check(base_optimizer, iterations, functions, linear)
         self.base = base_optimizer
         self.iterations, self.functions, self.linear, self.measure = iterations, dict(functions), linear, measure
-        self.undo = undo
         self.measurement = Measurement()
         self._prepare()
 
@@ -137,7 +131,6 @@ class AverageGradient(Optimizer):
         self._table = Table(self.functions, self.linear == "midpoint")
         self._secants: Secants | None = Secants()
         self._buffers = Buffers()
-        self._state = OptimizerState(self.base, self.undo)
         self._candidate: Candidate | None = None
         self._known: set[tuple[Any, ...]] = set()
         self._explore, self._copying, self._all_random = True, False, True
@@ -182,7 +175,6 @@ class AverageGradient(Optimizer):
         parameters = [parameter for group in self.base.param_groups for parameter in group["params"]]
         random = RandomStates(all_kinds=self._explore or self._all_random)
         self._buffers.keep()
-        state: OptimizerState | None = None
         recorder = Recorder(self._table, copying=self._copying)
         try:
             for parameter in parameters:
@@ -198,17 +190,13 @@ class AverageGradient(Optimizer):
             gradients = {parameter: found for parameter in parameters if (found := parameter.grad) is not None}
             active = list(gradients)
             _check_gradients(gradients.values())
-            self._state.keep()
-            state = self._state
             if plain:
                 self.base.step()
             elif active:
                 averaging = Averaging(closure, loss, recorder, self._table, random, self._buffers, news, self._secants)
                 self._average(averaging, active)
                 self._secants = averaging.secants
-        except BaseException as error:
-            if state is not None and not state.restore():
-                error.add_note(_ADVANCED)
+        except BaseException:
             for parameter in parameters:
                 parameter.grad = None
             random.restore()
@@ -259,7 +247,7 @@ class AverageGradient(Optimizer):
             candidate = self._candidate
             if candidate is None or not candidate.fits(active):
                 candidate = self._candidate = Candidate(active)
-            origin = candidate.origin
+            origin, fresh = candidate.origin, not self.base.state
             try:
                 candidate.begin(self._ascending(active))
                 place(active, candidate.values)
@@ -282,8 +270,12 @@ class AverageGradient(Optimizer):
                     candidate.note(averaging.gradient(active, last=False))
                     place(active, candidate.values)
                 self._iterate(averaging, candidate, active)
-            except BaseException:
+            except BaseException as error:
                 place(active, origin)
+                if fresh:
+                    self.base.state.clear()
+                else:
+                    error.add_note(_ADVANCED)
                 raise
             finally:
                 candidate.release()
@@ -335,7 +327,7 @@ class AverageGradient(Optimizer):
         self.measurement.load_state_dict(state_dict.get("average_gradient") or Measurement().state_dict())
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("base", "iterations", "functions", "linear", "measure", "undo", "measurement")
+        names = ("base", "iterations", "functions", "linear", "measure", "measurement")
         return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -343,7 +335,7 @@ class AverageGradient(Optimizer):
         self._prepare()
 
 
-def _check(base: Any, iterations: Any, functions: Mapping[Function, Slope], linear: Any, undo: Any) -> None:
+def _check(base: Any, iterations: Any, functions: Mapping[Function, Slope], linear: Any) -> None:
     if not isinstance(base, Optimizer):
         raise ArgumentError("base_optimizer", "be a torch.optim.Optimizer", base)
     closure = inspect.signature(type(base).step).parameters.get("closure")
@@ -354,8 +346,6 @@ def _check(base: Any, iterations: Any, functions: Mapping[Function, Slope], line
         raise ArgumentError("iterations", "be a whole number of at least 1", repr(iterations))
     if linear not in ("plain", "midpoint"):
         raise ArgumentError("linear", 'be "plain" or "midpoint"', repr(linear))
-    if not isinstance(undo, int) or undo < 0:
-        raise ArgumentError("undo", "be a whole number of bytes", repr(undo))
     for function, slope in functions.items():
         if not callable(function) or not callable(slope):
             raise ArgumentError("functions", "lead from functions to their slopes", f"{function!r}: {slope!r}")

@@ -54,7 +54,6 @@ class Recorder:
 
     def kind(self) -> tuple[Any, ...]:
         """What tells this forward pass from others: functions and weights in their order, statistics, how much else."""
-        # Other weights than parameters are made anew in each forward pass.
         calls = [(call.form.key, id(call.weight) if call.lasting else 0) for call in self.calls]
         return (self._others, *self._statistics, *calls)
 
@@ -94,11 +93,14 @@ class Recorder:
             What the call returns.
         """
         x, weight = operands(args, kwargs)
-        call = Call(form, x.shape if self._midpoint else None, None, weight)
+        call = Call(form, None, None, weight)
         if not self.calls and not x.requires_grad:
             call.x = x  # the data: it must be the same in the replay
         self.calls.append(call)
-        if not (self._midpoint and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        if not self._midpoint:
+            return function(*args, **kwargs)
+        call.shape = x.shape
+        if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
             return function(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
         call.middle = Midpoint(function, list(args[2:]), named)
@@ -235,7 +237,7 @@ class Replayer:
         if call.shape is not None and call.shape != x.shape:
             shapes = f"{tuple(call.shape)}, and is now given {tuple(x.shape)}"
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, was given {shapes}.")
-        if call.lasting and call.weight is not weight:
+        if call.weight is not weight and call.lasting:
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has another weight.")
         if call.options != options and _plain(call.options) != _plain(options):
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has other options.")

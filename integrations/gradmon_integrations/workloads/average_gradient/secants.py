@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,33 +43,24 @@ class Secants:
         Returns:
             Whether they were taken: they are not where they do not lie in order, cannot wait, or want another slope.
         """
-        if torch.is_grad_enabled():  # by the closure
-            with torch.no_grad():
-                return self.take(call, x_after, y_after)
-        x, y, size = call.x, call.y, x_after.numel()
-        if x is None or y is None or call.form.slope is not secant or not size:
+        if call.form.slope is not secant or not x_after.is_contiguous():
             return False
-        if x_after.is_inference() or y_after.is_inference():  # nothing tells whether somebody writes to it
-            return False
-        if not (x_after.is_contiguous() and y_after.is_contiguous() and x.is_contiguous() and y.is_contiguous()):
-            return False
-        dtype, on_cpu = x_after.dtype, x_after.is_cpu
-        if not dtype is y_after.dtype is x.dtype is y.dtype:
-            return False
-        if size > SMALL:
-            if not on_cpu:
-                return False
-            self._large(call, x, y, x_after, y_after)
-            return True
-        kind = call.shape, dtype, on_cpu or x_after.device
+        dtype = x_after.dtype
+        kind = call.shape, dtype, x_after.device
         group = self._waiting.get(kind)
         if group is None:
-            group = self._waiting[kind] = _Group()
-        group.calls.append(call)
-        group.before += x, y
+            group = self._waiting[kind] = _Group(x_after.numel())
+        if group.size > SMALL:
+            return self._large(call, x_after, y_after)
+        if y_after.dtype is not dtype or not group.size:
+            return False
+        try:
+            group.versions += x_after._version, y_after._version
+        except RuntimeError:  # a tensor of inference mode: nothing tells whether somebody writes to it
+            return False
         group.after += x_after, y_after
-        group.versions += x_after._version, y_after._version
-        if len(group.calls) * size >= _MOST:
+        group.calls.append(call)
+        if len(group.calls) == group.most:
             self._work_out(group)
         return True
 
@@ -84,20 +75,31 @@ class Secants:
     def _work_out(self, group: _Group) -> None:
         self._intact = self._intact and [tensor._version for tensor in group.after] == group.versions
         if self._intact:
-            _together(group)
+            with torch.no_grad():
+                _together(group)
         group.clear()
 
-    def _large(self, call: Call, x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor) -> None:
-        call.slope = torch.empty_like(x)
-        # Later iterations write where the first one did: memory that is given back is slow to get again.
-        if call.near is None or call.near.dtype is not x.dtype or not call.near.is_contiguous():
-            call.near = torch.empty_like(x)
-        tensors = x, y, x_after, y_after, call.slope, call.near
-        if x.numel() <= _MOST:
-            self._part(*tensors)
-            return
-        for part in zip(*(tensor.view(-1).split(_MOST) for tensor in tensors), strict=True):
-            self._part(*part)
+    def _large(self, call: Call, x_after: Tensor, y_after: Tensor) -> bool:
+        """Work out the slopes of a large tensor on the CPU, if everything lies in order; whether it did."""
+        x, y = cast("Tensor", call.x), cast("Tensor", call.y)
+        if not x_after.is_cpu or x_after.is_inference() or y_after.is_inference():
+            return False
+        if not (x.is_contiguous() and y.is_contiguous() and y_after.is_contiguous()):
+            return False
+        if not x_after.dtype is y_after.dtype is x.dtype is y.dtype:
+            return False
+        with torch.no_grad():
+            call.slope = torch.empty_like(x)
+            # Later iterations write where the first one did: memory that is given back is slow to get again.
+            if call.near is None or call.near.dtype is not x.dtype or not call.near.is_contiguous():
+                call.near = torch.empty_like(x)
+            tensors = x, y, x_after, y_after, call.slope, call.near
+            if x.numel() <= _MOST:
+                self._part(*tensors)
+            else:
+                for part in zip(*(tensor.view(-1).split(_MOST) for tensor in tensors), strict=True):
+                    self._part(*part)
+        return True
 
     def _part(self, x: Tensor, y: Tensor, x_after: Tensor, y_after: Tensor, slope: Tensor, near: Tensor) -> None:
         """Write slopes, and where the derivative stands for itself."""
@@ -112,24 +114,33 @@ class Secants:
 
 
 class _Group:
-    """Calls of one shape, and their inputs and outputs in turn: before the step, and after it."""
+    """Calls of one shape that wait, and their inputs and outputs in turn after the step.
 
-    __slots__ = ("after", "before", "calls", "versions")
+    Args:
+        size: Of how many elements each is.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("after", "calls", "most", "size", "versions")
+
+    def __init__(self, size: int) -> None:
+        self.size, self.most = size, -(-_MOST // max(size, 1))
         self.clear()
 
     def clear(self) -> None:
         """Forget them."""
         self.calls: list[Call] = []
-        self.before: list[Tensor] = []
         self.after: list[Tensor] = []
         self.versions: list[int] = []
 
 
 def _together(group: _Group) -> None:
-    differences = torch.stack(group.after).sub_(torch.stack(group.before))
-    moved, slopes = differences.unflatten(0, (-1, 2)).unbind(1)
+    before = torch.stack([cast("Tensor", tensor) for call in group.calls for tensor in (call.x, call.y)])
+    differences = torch.stack(group.after)
+    if before.dtype is not differences.dtype:
+        for call, x_after, y_after in zip(group.calls, group.after[::2], group.after[1::2], strict=True):
+            call.between(x_after, y_after)
+        return
+    moved, slopes = differences.sub_(before).unflatten(0, (-1, 2)).unbind(1)
     near = resting(moved)
     slopes.div_(moved.add_(near))
     # On other devices a look at numbers would have to wait for all that was started before.
