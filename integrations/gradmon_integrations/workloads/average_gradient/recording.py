@@ -145,15 +145,15 @@ class Recorder:
 
     def _traced(self, call: Call, form: Form, func: Any, x: Tensor, rest: tuple[Any, ...], kwargs: Any) -> Tensor:
         """Call the function, and find the nodes between which its derivative lies."""
-        if form.whole is not False:
+        if form.whole:
             y = func(x, *rest, **kwargs)
-            if form.whole is None:
-                form.whole = _is_whole(x, y)
-            if form.whole:
-                call.inner = call.outer = y.grad_fn
-                return y
+            call.inner = call.outer = y.grad_fn
+            return y
+        # Called once also where this is not known yet: a checkpoint counts what is saved for the backward pass.
         entry = x.view_as(x)
         y = func(entry, *rest, **kwargs)
+        if form.whole is None:
+            form.whole = _is_whole(entry, y)
         if y.shape != x.shape:
             raise GradmonError(
                 f"A function that is averaged must be elementwise. {form.name} made {y.shape} of {x.shape}."
@@ -279,10 +279,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_whole(x: Tensor, y: Tensor) -> bool:
-    """Whether a single node of autograd's graph leads from y to x."""
+    """Whether a single node of autograd's graph leads from y to x, which is not a leaf."""
     edges = y.grad_fn.next_functions if y.grad_fn is not None else ()
-    if len(edges) != 1 or edges[0][0] is None:
-        return False
-    return (
-        edges[0][0] is x.grad_fn if x.grad_fn is not None else edges[0][0].name() == "torch::autograd::AccumulateGrad"
-    )
+    return len(edges) == 1 and edges[0][0] is x.grad_fn
