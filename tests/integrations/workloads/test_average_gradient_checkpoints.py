@@ -35,7 +35,30 @@ def trained(function: Callable[[Tensor], Tensor], checkpointed: bool) -> tuple[l
     return [p.detach() for p in parameters], [p.grad for p in parameters if p.grad is not None]
 
 
-@pytest.mark.parametrize("function", [torch.tanh, F.softsign, F.tanhshrink, F.logsigmoid])
+@pytest.mark.parametrize(
+    "function",
+    [
+        *(torch.tanh, F.softsign, F.tanhshrink, F.logsigmoid),
+        *(nn.ELU(inplace=True), nn.SELU(inplace=True), F.elu_, torch.celu_, nn.SiLU(inplace=True), torch.sigmoid_),
+    ],
+)
 def test_a_checkpoint_changes_nothing(function: Callable[[Tensor], Tensor]) -> None:
     for plain, checkpointed in zip(trained(function, False), trained(function, True), strict=True):
         assert all(map(torch.equal, plain, checkpointed))
+
+
+@pytest.mark.parametrize(
+    "function", [nn.ELU(inplace=True), F.elu_, torch.selu_, nn.CELU(0.5, inplace=True), torch.tanh_]
+)
+def test_one_iteration_is_the_base_bit_by_bit_in_place_too(function: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(5, 64), torch.randn(32, 5)
+
+    def loss() -> Tensor:
+        return function(layer(inputs)).square().mean()
+
+    loss().backward()
+    expected = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    AverageGradient(torch.optim.SGD(layer.parameters(), lr=0.1), iterations=1).step(loss)
+    found = [p.grad for p in layer.parameters() if p.grad is not None]
+    assert all(map(torch.equal, found, expected))

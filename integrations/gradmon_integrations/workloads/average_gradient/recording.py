@@ -28,6 +28,9 @@ _OTHER_DATA = (
 _NORMS = frozenset({F.batch_norm, F.instance_norm})
 """Functions that are given statistics to change."""
 
+_FROM_OUTPUT = frozenset({F.elu, F.selu, torch.selu, F.celu, torch.celu})
+"""Functions that keep their output for the backward pass where they work in place, and their input elsewhere."""
+
 
 class ReplayError(GradmonError):
     """The closure did something else when it was called again."""
@@ -137,6 +140,11 @@ class Recorder:
                 call.keep(x, y)
             return y
         # Not in place after all: x is wanted later, and on a view autograd would leave no node of the function's own.
+        if form.key in _FROM_OUTPUT:
+            before, y = x.detach().clone(), function(x.clone(), *rest, **kwargs)
+            call.inner = call.outer = y.grad_fn
+            call.keep(before, y)
+            return x.copy_(y)
         kwargs = {**kwargs, "inplace": False} if kwargs.get("inplace") else kwargs
         before = x.clone()
         y = self._traced(call, form, form.apart or function, before, rest, kwargs)
