@@ -178,6 +178,18 @@ def test_a_function_may_leave_other_nodes_from_call_to_call() -> None:
     assert_same(*found)
 
 
+@pytest.mark.parametrize("size", [1, 6])
+def test_other_arguments_may_be_tensors_that_the_closure_computes(size: int) -> None:
+    torch.manual_seed(0)
+    layer, bound = nn.Linear(5, 6).double(), nn.Parameter(torch.full((size,), -1.5, dtype=torch.float64))
+    x = batch(8, 5, 3)[0]
+    functions = {**FUNCTIONS, F.prelu: secant}
+    optimizer = AverageGradient(torch.optim.SGD([*layer.parameters(), bound], lr=0.5), functions=functions)
+    before = layer.weight.detach().clone()
+    optimizer.step(lambda: F.prelu(layer(x), bound.exp()).square().mean())
+    assert not torch.equal(layer.weight, before)
+
+
 @torch.overrides.wrap_torch_function(lambda x: (x,))
 def tanh_in_double(x: Tensor) -> Tensor:
     return torch.tanh(x.double())

@@ -247,7 +247,7 @@ class Replayer:
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, was given {shapes}.")
         if call.weight is not weight and call.lasting:
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has another weight.")
-        if call.options != options and _plain(call.options) != _plain(options):
+        if _differ(call.options, options):
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has other options.")
         return call
 
@@ -270,12 +270,24 @@ def operands(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return args[0] if args else kwargs["input"], kwargs["weight"]
 
 
+def _differ(options: Any, others: Any) -> bool:
+    """Whether a function is given other options, by position or by name, than before."""
+    try:
+        return options != others and _plain(options) != _plain(others)
+    except RuntimeError:  # a tensor of several elements is neither equal nor not
+        return _plain(options) != _plain(others)
+
+
 def _plain(options: Any) -> Any:
-    """Options that can be compared: positional and by name, with Python's own defaults of "not in place" left out."""
+    """Options that can be compared: tensors, which depend on the weights, and Python's "not in place" are left out."""
     if options is None:
         return None
     rest, kwargs = options
-    return [str(value) for value in rest], {n: str(value) for n, value in kwargs.items() if n != "inplace"}
+    return [_shown(value) for value in rest], {n: _shown(value) for n, value in kwargs.items() if n != "inplace"}
+
+
+def _shown(value: Any) -> str:
+    return "tensor" if isinstance(value, Tensor) else str(value)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
