@@ -190,6 +190,26 @@ def test_other_arguments_may_be_tensors_that_the_closure_computes(size: int) -> 
     assert not torch.equal(layer.weight, before)
 
 
+def test_the_input_of_a_frozen_first_layer_may_be_written_to() -> None:
+    torch.manual_seed(0)
+    found = []
+    for written in (False, True):
+        torch.manual_seed(0)
+        frozen, layer, x = nn.Linear(5, 6).double().requires_grad_(False), nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
+        optimizer = AverageGradient(torch.optim.SGD(layer.parameters(), lr=0.5))
+
+        def loss(frozen: Any = frozen, layer: Any = layer, x: Tensor = x, written: bool = written) -> Tensor:
+            inputs = x.clone()
+            h = frozen(inputs)
+            inputs = inputs.mul_(0.5) if written else inputs * 0.5
+            return torch.tanh(layer(inputs) + h).square().mean()
+
+        for _ in range(3):
+            optimizer.step(loss)
+        found.append(state_of(layer))
+    assert_same(*found)
+
+
 @torch.overrides.wrap_torch_function(lambda x: (x,))
 def tanh_in_double(x: Tensor) -> Tensor:
     return torch.tanh(x.double())

@@ -98,7 +98,8 @@ class Recorder:
         x, weight = operands(args, kwargs)
         call = Call(form, None, None, weight)
         if not self.calls and not x.requires_grad:
-            call.x = x  # the data: it must be the same in the replay
+            # The data: it must be the same in the replay.
+            call.x, call.versions = x, (_version_of(x), 0)
         self.calls.append(call)
         if not self._midpoint:
             return function(*args, **kwargs)
@@ -203,7 +204,8 @@ class Replayer:
         """
         x, weight = operands(args, kwargs)
         call = self._next(form, x, None, weight)
-        if call.x is not None and not _same(call.x, x):
+        # What the closure itself has written to since cannot be compared.
+        if call.x is not None and _version_of(call.x) == call.versions[0] and not _same(call.x, x):
             raise ReplayError(_OTHER_DATA)
         if call.middle is not None and not self._restoring:
             call.middle.between(x, weight)
@@ -288,6 +290,10 @@ def _plain(options: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return "tensor" if isinstance(value, Tensor) else str(value)
+
+
+def _version_of(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
