@@ -13,12 +13,15 @@ from gradmon_integrations.workloads.average_gradient.calls import Call
 _HIDING = {
     "CompiledFunctionBackward": "torch.compile hides the functions that the model calls. Give the closure the model as "
     "it was before: `model._orig_mod`.",
+    "DifferentiableGraphBackward": "TorchScript hides the functions that the model calls. Give the closure the model "
+    "itself.",
     "CheckpointFunctionBackward": "torch.utils.checkpoint(use_reentrant=True) hides the functions that it calls. Pass "
     "use_reentrant=False.",
 }
 _UNSEEN = (
     "The graph of the loss holds {name}, which was not seen being called: TorchScript, torch.func and tensors of other "
-    "classes hide the functions of which the slopes are averaged."
+    "classes hide the functions of which the slopes are averaged. So does a function that calls one of them itself, as "
+    "F.selu does F.elu: add that one to `functions`, or leave the inner one out."
 )
 
 
@@ -42,8 +45,9 @@ def check_graph(loss: Tensor, calls: Iterable[Call], names: Set[str]) -> None:
             continue
         seen.add(node)
         name = node.name()
-        if name in _HIDING:
-            raise GradmonError(_HIDING[name])
+        hiding = name.rpartition("::")[2]  # TorchScript's is in a namespace
+        if hiding in _HIDING:
+            raise GradmonError(_HIDING[hiding])
         inner = ways.get(node)
         if inner is None and name.partition("Backward")[0].lower() in names:
             raise GradmonError(_UNSEEN.format(name=name))

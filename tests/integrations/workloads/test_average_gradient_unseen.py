@@ -1,0 +1,39 @@
+"""The average gradient refuses what hides nonlinearities in ways that show late, or only in part."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from gradmon import GradmonError
+from gradmon_integrations.workloads.average_gradient import AverageGradient, secant
+from tests.integrations.workloads.average_models import assert_same, batch, state_of
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 3])
+def test_a_script_is_refused_also_once_it_was_compiled(calls_before: int) -> None:
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.Tanh()), torch.randn(8, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch discourage TorchScript
+        script = torch.jit.script(model)
+    for _ in range(calls_before):
+        script(x).sum().backward()
+    before = state_of(model)
+    with pytest.raises(GradmonError, match="TorchScript"):
+        AverageGradient(sgd(model)).step(lambda: script(x).mean())
+    assert_same(before, state_of(model))
+
+
+def test_a_function_that_calls_an_averaged_one_itself_is_named() -> None:
+    layer, x = nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
+    with pytest.raises(GradmonError, match="a function that calls one of them itself.* add that one to `functions`"):
+        AverageGradient(sgd(layer), functions={F.elu: secant}).step(lambda: F.selu(layer(x)).mean())
+    AverageGradient(sgd(layer), functions={F.elu: secant, F.selu: secant}).step(lambda: F.selu(layer(x)).mean())
