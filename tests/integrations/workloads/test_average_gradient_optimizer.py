@@ -229,7 +229,7 @@ def test_the_relative_difference_is_that_of_the_definition() -> None:
 
 def test_without_a_denominator_there_is_no_relative_difference() -> None:
     measurement = Measurement()
-    assert measurement.reason == "no step was measured: AverageGradient(..., measure=True)"
+    assert measurement.reason == "no step was measured: AverageGradient(..., measure=True), with at least 2 iterations"
     measurement.add(1.0, 1.0, 0.5)
     assert math.isnan(measurement.relative_difference)
     assert math.isnan(measurement.last)
@@ -305,4 +305,4 @@ def test_a_monitor_without_measured_steps_says_why() -> None:
         monitor.step(data)
         reading = monitor.readings["relative_difference"]
     assert math.isnan(reading.value)
-    assert reading.reason == "no step was measured: AverageGradient(..., measure=True)"
+    assert reading.reason == "no step was measured: AverageGradient(..., measure=True), with at least 2 iterations"

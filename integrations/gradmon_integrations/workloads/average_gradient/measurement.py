@@ -66,7 +66,7 @@ class Measurement:
     def reason(self) -> str | None:
         """Why there is no `relative_difference`, if there is none."""
         if self.steps == 0:
-            return "no step was measured: AverageGradient(..., measure=True)"
+            return "no step was measured: AverageGradient(..., measure=True), with at least 2 iterations"
         if self._base == 0:
             return "the base optimizer's steps would not have changed the loss"
         if not (math.isfinite(self._base) and math.isfinite(self._average)):
