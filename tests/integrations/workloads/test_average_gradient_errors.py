@@ -38,6 +38,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
         ({"iterations": True}, r"`iterations` must be a whole number"),
         ({"linear": "secant"}, r'`linear` must be "plain" or "midpoint". Got \'secant\''),
         ({"functions": {F.relu: 1.0}}, r"`functions` must lead from functions to their slopes"),
+        ({"functions": [F.relu]}, r"`functions` must lead from functions to their slopes. Got \[<function relu"),
     ],
 )
 def test_arguments(options: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""The average gradient refuses what hides nonlinearities in ways that show late, or only in part."""
+"""The average gradient where something is only seen late: nonlinearities that are hidden, and buffers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from gradmon import GradmonError
@@ -37,3 +37,26 @@ def test_a_function_that_calls_an_averaged_one_itself_is_named() -> None:
     with pytest.raises(GradmonError, match="a function that calls one of them itself.* add that one to `functions`"):
         AverageGradient(sgd(layer), functions={F.elu: secant}).step(lambda: F.selu(layer(x)).mean())
     AverageGradient(sgd(layer), functions={F.elu: secant, F.selu: secant}).step(lambda: F.selu(layer(x)).mean())
+
+
+def test_buffers_are_put_back_also_in_the_step_after_one_that_failed_early() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh()).double(), batch(8, 5, 3)[0]
+    optimizer = AverageGradient(sgd(model))
+    left = 2
+
+    def early() -> Tensor:
+        raise RuntimeError("broken")
+
+    def late() -> Tensor:
+        nonlocal left
+        loss = model(x).mean()
+        left -= 1
+        if not left:
+            raise RuntimeError("broken")
+        return loss
+
+    before = state_of(model)
+    for closure in (early, late):
+        with pytest.raises(RuntimeError, match="broken"):
+            optimizer.step(closure)
+        assert_same(before, state_of(model))

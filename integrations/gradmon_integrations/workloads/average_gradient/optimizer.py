@@ -176,10 +176,10 @@ class AverageGradient(Optimizer):
         random = RandomStates(all_kinds=self._explore or self._all_random)
         self._buffers.keep()
         recorder = Recorder(self._table, copying=self._copying)
+        explored, self._explore = self._explore, False
         try:
             for parameter in parameters:
                 parameter.grad = None
-            explored, self._explore = self._explore, False
             loss = self._forward(closure, recorder, explored)
             if any(parameter.grad is not None for parameter in parameters):
                 raise ArgumentError("closure", _RETURNS, "one that ran a backward pass")
@@ -197,6 +197,7 @@ class AverageGradient(Optimizer):
                 self._average(averaging, active)
                 self._secants = averaging.secants
         except BaseException:
+            self._explore = self._explore or explored  # what was to be found may not have been called
             for parameter in parameters:
                 parameter.grad = None
             random.restore()
@@ -346,6 +347,8 @@ def _check(base: Any, iterations: Any, functions: Mapping[Function, Slope], line
         raise ArgumentError("iterations", "be a whole number of at least 1", repr(iterations))
     if linear not in ("plain", "midpoint"):
         raise ArgumentError("linear", 'be "plain" or "midpoint"', repr(linear))
+    if not isinstance(cast("Any", functions), Mapping):
+        raise ArgumentError("functions", "lead from functions to their slopes", repr(functions))
     for function, slope in functions.items():
         if not callable(function) or not callable(slope):
             raise ArgumentError("functions", "lead from functions to their slopes", f"{function!r}: {slope!r}")
