@@ -34,9 +34,26 @@ def test_a_script_is_refused_also_once_it_was_compiled(calls_before: int) -> Non
 
 def test_a_function_that_calls_an_averaged_one_itself_is_named() -> None:
     layer, x = nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
-    with pytest.raises(GradmonError, match="a function that calls one of them itself.* add that one to `functions`"):
+    with pytest.raises(GradmonError, match=r"a function that calls one of them itself.* add that one to `functions`"):
         AverageGradient(sgd(layer), functions={F.elu: secant}).step(lambda: F.selu(layer(x)).mean())
     AverageGradient(sgd(layer), functions={F.elu: secant, F.selu: secant}).step(lambda: F.selu(layer(x)).mean())
+
+
+@torch.overrides.wrap_torch_function(lambda x, **_: (x,))
+def heaviside(x: Tensor, *, joined: bool) -> Tensor:
+    return (x > 0).to(x.dtype) + (0 * x if joined else 0)
+
+
+def test_a_function_whose_result_has_no_graph_is_refused() -> None:
+    layer, x = nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
+    optimizer = AverageGradient(sgd(layer), functions={heaviside: secant})
+    for _ in range(2):
+        before = state_of(layer)
+        optimizer.step(lambda: heaviside(layer(x), joined=True).mean())
+        assert_same(before, state_of(layer))
+        with pytest.raises(GradmonError, match="heaviside is to be averaged, but returned a tensor without a graph"):
+            optimizer.step(lambda: (heaviside(layer(x), joined=False) + layer(x)).mean())
+        assert_same(before, state_of(layer))
 
 
 def test_buffers_are_put_back_also_in_the_step_after_one_that_failed_early() -> None:

@@ -19,6 +19,10 @@ _HALF_WHY = (
     "The slopes of {name} need float32 or float64. Got {dtype}: its rounding would hide most of the change that a step "
     "makes. Leave autocast and half precision to the base optimizer."
 )
+_CONSTANT_WHY = (
+    "{name} is to be averaged, but returned a tensor without a graph: no gradient arrives there for which a slope "
+    "could be. A function without a derivative needs one that is zero, such as `result + 0 * x`."
+)
 _DIFFERS = "The closure must do the same whenever it is called: it must have no state of its own that changes."
 _OTHER_DATA = (
     "The closure must use the same batch whenever it is called. The input of its first layer was another one when it "
@@ -167,6 +171,8 @@ class Recorder:
             raise GradmonError(
                 f"A function that is averaged must be elementwise. {form.name} made {y.shape} of {x.shape}."
             )
+        if y.grad_fn is None:
+            raise GradmonError(_CONSTANT_WHY.format(name=form.name))
         call.inner, call.outer = entry.grad_fn, y.grad_fn
         return y
 
