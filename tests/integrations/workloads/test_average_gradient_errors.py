@@ -187,7 +187,7 @@ def hidden(name: str) -> tuple[Any, Callable[[], Tensor]]:
         ("GRUCell", "torch.gru_cell hides its nonlinearities"),
         ("RNNCell", "torch.rnn_tanh_cell hides its nonlinearities"),
         ("script", "holds TanhBackward0, which was not seen being called: TorchScript"),
-        ("vmap", "holds TanhBackward0, which was not seen being called"),
+        ("vmap", "tanh is called inside of a transform of torch.func, such as vmap"),
         ("sparse", "needs dense gradients, and one is sparse"),
         ("complex", "needs real parameters"),
         ("shared", "Two parameters share memory. To tie weights, use one and the same parameter twice"),

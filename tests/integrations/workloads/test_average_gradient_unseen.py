@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,31 @@ def test_a_function_that_calls_an_averaged_one_itself_is_named() -> None:
     with pytest.raises(GradmonError, match=r"a function that calls one of them itself.* add that one to `functions`"):
         AverageGradient(sgd(layer), functions={F.elu: secant}).step(lambda: F.selu(layer(x)).mean())
     AverageGradient(sgd(layer), functions={F.elu: secant, F.selu: secant}).step(lambda: F.selu(layer(x)).mean())
+
+
+@pytest.mark.parametrize(("function", "linear"), [(F.softsign, "plain"), (torch.relu, "midpoint")])
+def test_functions_inside_of_vmap_are_refused(function: Any, linear: Any) -> None:
+    layer, x = nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
+    before = state_of(layer)
+    with pytest.raises(GradmonError, match=r"is called inside of a transform of torch.func, such as vmap"):
+        AverageGradient(sgd(layer), linear=linear).step(lambda: torch.vmap(lambda row: function(layer(row)))(x).mean())
+    assert_same(before, state_of(layer))
+
+
+def test_data_may_be_made_by_vmap() -> None:
+    layer, inputs = nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
+    kernel, found = torch.randn(5, 5, dtype=torch.float64), []
+    before = state_of(layer)
+
+    def row(x: Tensor) -> Tensor:
+        return torch.tanh(F.linear(x, kernel))
+
+    for function in (row, torch.vmap(row)):
+        layer.load_state_dict(before)
+        AverageGradient(sgd(layer)).step(lambda function=function: torch.tanh(layer(function(inputs))).square().mean())
+        found.append(state_of(layer))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], rtol=1e-12, atol=1e-12)
 
 
 @torch.overrides.wrap_torch_function(lambda x, **_: (x,))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ _CONSTANT_WHY = (
     "{name} is to be averaged, but returned a tensor without a graph: no gradient arrives there for which a slope "
     "could be. A function without a derivative needs one that is zero, such as `result + 0 * x`."
 )
+_TRANSFORMED_WHY = (
+    "{name} is called inside of a transform of torch.func, such as vmap, where its derivative cannot be replaced. "
+    "Write the dimension of the batch out."
+)
 _DIFFERS = "The closure must do the same whenever it is called: it must have no state of its own that changes."
 _OTHER_DATA = (
     "The closure must use the same batch whenever it is called. The input of its first layer was another one when it "
@@ -34,6 +38,9 @@ _NORMS = frozenset({F.batch_norm, F.instance_norm})
 
 _FROM_OUTPUT = frozenset({F.elu, F.selu, torch.selu, F.celu, torch.celu})
 """Functions that keep their output for the backward pass where they work in place, and their input elsewhere."""
+
+_func: Any = cast("Any", torch._C)._functorch
+_transformed = _func.is_functorch_wrapped_tensor
 
 
 class ReplayError(GradmonError):
@@ -101,14 +108,19 @@ class Recorder:
         """
         x, weight = operands(args, kwargs)
         call = Call(form, None, None, weight)
-        if not self.calls and not x.requires_grad:
+        if not self.calls and not x.requires_grad and not _transformed(x):
             # The data: it must be the same in the replay.
             call.x, call.versions = x, (_version_of(x), 0)
         self.calls.append(call)
         if not self._midpoint:
             return function(*args, **kwargs)
         call.shape = x.shape
-        if not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        if _transformed(x) or _transformed(weight):
+            _refuse_transformed(form, x, weight)
+            return function(*args, **kwargs)
+        if not (x.requires_grad or weight.requires_grad):
             return function(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
         call.middle = Midpoint(function, list(args[2:]), named)
@@ -133,6 +145,8 @@ class Recorder:
         call = Call(form, x.shape, (rest, kwargs), None)
         self.calls.append(call)
         if not (x.requires_grad and torch.is_grad_enabled()):
+            if torch.is_grad_enabled() and _transformed(x):
+                _refuse_transformed(form, x)
             return function(x, *rest, **kwargs)
         dtype = x.dtype
         if dtype is not torch.float32 and dtype is not torch.float64:
@@ -276,6 +290,15 @@ def operands(args: Any, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if len(args) > 1:
         return args[0], args[1]
     return args[0] if args else kwargs["input"], kwargs["weight"]
+
+
+def _refuse_transformed(form: Form, *inputs: Tensor) -> None:
+    """Refuse a function inside of a transform, such as vmap, if a gradient of an input is wanted outside of it."""
+    for x in inputs:
+        while _transformed(x):
+            x = _func.get_unwrapped(x)
+        if x.requires_grad:
+            raise GradmonError(_TRANSFORMED_WHY.format(name=form.name))
 
 
 def _differ(options: Any, others: Any) -> bool:
