@@ -65,6 +65,14 @@ def test_data_may_be_made_by_vmap() -> None:
         assert torch.allclose(value, found[1][name], rtol=1e-12, atol=1e-12)
 
 
+def test_a_module_that_calls_another_function_than_it_is_named_for_is_not_passed_over() -> None:
+    layer, x = nn.Linear(5, 6).double(), batch(8, 5, 3)[0]
+    for functions, model in (({F.relu6: secant}, F.relu6), ({F.hardtanh: secant}, nn.ReLU6())):
+        AverageGradient(sgd(layer), functions=functions).step(lambda model=model: model(layer(x)).mean())
+    with pytest.raises(GradmonError, match="HardtanhBackward0, which was not seen being called"):
+        AverageGradient(sgd(layer), functions={F.relu6: secant}).step(lambda: nn.ReLU6()(layer(x)).mean())
+
+
 @torch.overrides.wrap_torch_function(lambda x, **_: (x,))
 def heaviside(x: Tensor, *, joined: bool) -> Tensor:
     return (x > 0).to(x.dtype) + (0 * x if joined else 0)

@@ -21,6 +21,9 @@ LINEAR: tuple[Function, ...] = (
 )
 """The functions of an input and a weight, in this order, that are linear in each."""
 
+_NODES = {"relu6": "hardtanh"}
+"""Functions of which autograd's node bears another name. ``nn.ReLU6`` calls F.hardtanh itself."""
+
 _FUSED = (
     *("lstm", "gru", "rnn_tanh", "rnn_relu"),
     *("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"),
@@ -45,14 +48,14 @@ class Table:
     Attributes:
         curved: The forms of these functions.
         watched: These and the linear functions.
-        names: The names of the curved ones, in lower case.
+        names: The names of the curved ones' nodes in autograd's graph, in lower case.
         refused: Functions that hide nonlinearities or take their derivatives, and why they are refused.
     """
 
     def __init__(self, functions: Mapping[Function, Slope], midpoint: bool) -> None:
         self.midpoint = midpoint
         self.curved: dict[Any, Form] = forms(functions)
-        self.names = {form.name.replace("_", "") for form in self.curved.values()}
+        self.names = {_NODES.get(form.name, form.name).replace("_", "") for form in self.curved.values()}
         self.watched = {function: Form(function, name_of(function), None, linear=True) for function in LINEAR}
         self.watched |= self.curved
         self.refused: dict[Any, str] = {getattr(torch, name): _FUSED_WHY.format(name=name) for name in _FUSED}
