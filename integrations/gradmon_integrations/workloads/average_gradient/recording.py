@@ -269,7 +269,7 @@ class Replayer:
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, was given {shapes}.")
         if call.weight is not weight and call.lasting:
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has another weight.")
-        if _differ(call.options, options):
+        if options is not None and _differ(call.options, options):
             raise ReplayError(f"{_DIFFERS} Call {place + 1}, {form.name}, now has other options.")
         return call
 
