@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,7 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `gradmon`; None for the process's own arguments.
 
     Returns:
-        The exit status: 0 for success, 1 for an error that is explained on standard error, 130 after Ctrl-C.
+        The exit status: 0 for success, 1 for an error that is explained on standard error, 130 after Ctrl-C, 141 where
+        who reads the output has stopped to.
+
+    Raises:
+        OSError: A command raised one that is none of the output's.
     """
     parser = argparse.ArgumentParser(
         "gradmon", description="Can the gradient be trusted while a PyTorch model trains, why not, and what to change?"
@@ -74,11 +80,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         child = commanding.add_parser(command.name, help=command.summary, description=command.summary)
         command.add_arguments(child)
         child.set_defaults(run=command.run)
-    chosen = parser.parse_args(arguments)
     try:
-        return int(chosen.run(chosen))
+        chosen = parser.parse_args(arguments)
+        status = int(chosen.run(chosen))
+        sys.stdout.flush()
     except GradmonError as error:
         print(f"gradmon: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        _forget_output()
+        return 141  # as a program that the signal ends: `gradmon metrics | head -1` is no error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _forget_output()
+        print(f"gradmon: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
+    return status
+
+
+def _forget_output() -> None:
+    """Drop what standard output still holds, which Python would try to write at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

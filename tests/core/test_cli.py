@@ -1,3 +1,6 @@
+import os
+import sys
+
 import pytest
 
 from gradmon import METRICS, cli
@@ -57,3 +60,26 @@ def test_an_error_of_gradmon_is_one_line_on_standard_error(monkeypatch, capsys):
 def test_ctrl_c_gives_130(monkeypatch):
     monkeypatch.setattr(cli, "commands", lambda: [command(KeyboardInterrupt())])
     assert cli.main(["fails"]) == 130
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch, capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main(["metrics"]) == 141
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_output_that_cannot_be_written_is_one_line_on_standard_error(monkeypatch, capfd):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["metrics"]) == 1
+    assert capfd.readouterr().err == "gradmon: the output cannot be written: No space left on device\n"
+
+
+def test_other_errors_of_the_system_are_not_hidden(monkeypatch):
+    monkeypatch.setattr(cli, "commands", lambda: [command(PermissionError("not here"))])
+    with pytest.raises(PermissionError, match="not here"):
+        cli.main(["fails"])
