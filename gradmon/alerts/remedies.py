@@ -29,8 +29,8 @@ def better_conditioned(reading: Reading, known: Known) -> str:
     """For `weight_condition`: what a step really destroys says more than what one of its length could, at worst."""
     destroyed = known.get("step_ratio", math.nan)
     if destroyed > _KEPT:
-        shorter = _lower(known, _KEPT / destroyed)
-        return f"A step destroys {_percent(destroyed)} of the gradient: {shorter}; if that does not help, {_OTHERWISE}."
+        shorter = shorter_step(Reading("step_ratio", destroyed), known).rstrip(".")
+        return f"{shorter}; if that does not help, {_OTHERWISE}."
     if destroyed <= _KEPT:
         short = f"Steps are short enough now: one destroys {_percent(destroyed)} of the gradient. For longer ones"
         return f"{short}, {_OTHERWISE}."

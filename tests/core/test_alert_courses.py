@@ -160,8 +160,8 @@ def test_remedy_for_noise_names_batch_sizes():
 @pytest.mark.parametrize(("known", "remedy"), [
     (
         {"learning_rate": 0.1, "step_ratio": 2.0},
-        "A step destroys 200 % of the gradient: lower the learning rate from 0.1 to about 0.02; if that does not help, "
-        "change the initialisation or add normalisation.",
+        "The step destroys 200 % of the gradient: lower the learning rate from 0.1 to about 0.02; if that does not "
+        "help, change the initialisation or add normalisation.",
     ),
     (
         {"learning_rate": 0.1, "step_ratio": 0.05, "update_ratio": 1e-2},
@@ -249,7 +249,7 @@ def test_remedies_speak_of_the_step_that_raised_the_alert():
         publisher.publish([Reading(name, value, step) for name, value in numbers.items()])
     remedies = {alert.rule: alert.remedy for alert in publisher.alerts}
     assert remedies["ill_conditioned"].startswith(
-        "A step destroys 200 % of the gradient: lower the learning rate from 0.1"
+        "The step destroys 200 % of the gradient: lower the learning rate from 0.1"
     )
     assert remedies["step_too_long"].startswith(
         "The step destroys 200 % of the gradient: lower the learning rate from 0.1"

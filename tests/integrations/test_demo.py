@@ -318,7 +318,7 @@ def test_a_bad_run_is_called_bad_whatever_its_name():
     assert "batch_too_noisy (since step 3): noise_ratio is inf (alert if > 10)." in text
     assert "the learning rate is the lever" in text
     assert remedies["ill_conditioned"] in verdict.change
-    assert "lower the learning rate" in verdict.change.lower()
+    assert verdict.change.lower().count("lower the learning rate") == 1  # two rules ask for it
     assert "Raise the batch size" in verdict.change
 
 
