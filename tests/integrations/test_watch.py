@@ -508,6 +508,16 @@ def test_the_picture_fits(width, count):
     assert text.count("29 ") >= count
 
 
+@pytest.mark.parametrize("width", [40, 50])
+def test_a_narrow_picture_keeps_the_state(width):
+    run = full("ill-conditioned")
+    run.succeeded, run.ended = True, NOW
+    text = picture([run], width)
+    assert max(map(len, text.splitlines())) <= width
+    assert re.search(r"^run +state +step +newest( +began)? *$", text, re.MULTILINE)
+    assert re.search(r"^ill\S* +finished +29 +0 s ago", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize("rows", [8, 14, 24, 40])
 def test_a_low_terminal_shows_the_alerts_first(rows):
     run = full("mlp", metrics=[f"metric_{n}" for n in range(30)] + ["loss", "step_ratio"])

@@ -70,15 +70,17 @@ def _list(runs: Sequence[Watched], now: float, silence: float, width: int) -> Ta
     room = width - state - _NUMBERS
     name = max(3, min(max(cell_len(one_line(run.label)) for run in runs), max(_NAME, room - _NAME)))
     most = {"run": name, "model": max(1, room - name)}
-    for head in _HEADS:
+    # On a narrow terminal the state is what counts.
+    heads = _HEADS[: len(_HEADS) - (width < 60) - (width < 48)]
+    for head in heads:
         table.add_column(no_wrap=head != "state", overflow="ellipsis", max_width=most.get(head))
-    table.add_row(*(Text(name, style="dim") for name in _HEADS))
+    table.add_row(*(Text(name, style="dim") for name in heads))
     for run in runs:
         state, good = run.state(now, silence)
         newest = "" if run.newest is None else f"{duration(now - run.newest, units=1)} ago"
         began = "" if run.began is None else f"{duration(now - run.began, units=1)} ago"
         about = " ".join(one_line(str(run.info[key])) for key in ("model", "optimizer") if run.info.get(key))
-        table.add_row(
+        cells = (
             Text(one_line(run.label), style="bold"),
             Text(one_line(state), style="green" if good else "bold red"),
             Text("" if run.step is None else str(run.step)),
@@ -86,6 +88,7 @@ def _list(runs: Sequence[Watched], now: float, silence: float, width: int) -> Ta
             Text(began),
             Text(about),
         )
+        table.add_row(*cells[: len(heads)])
     return table
 
 
