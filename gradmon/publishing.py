@@ -41,7 +41,11 @@ class Failures(Counter[str]):
         self._lock = threading.Lock()
 
     def note(self, where: str, error: Exception) -> None:
-        """Count an error, and log it if it is the first one there."""
+        """Count an error, and log it if it is the first one there; what its way here holds is let go of."""
+        self._note(where, error)
+        error.__traceback__ = None  # its frames hold tensors, and whoever keeps the error
+
+    def _note(self, where: str, error: Exception) -> None:
         if getattr(error, "_gradmon_noted", False):  # one error, of which several metrics hear
             return
         error.__dict__["_gradmon_noted"] = True

@@ -78,6 +78,8 @@ class Scene:
                 self._seen[key] = make()
             except Exception as error:
                 self._seen[key] = error
+                if not isinstance(error, Unavailable) and not ran_out(error):
+                    raise  # with the way to where it was raised, for the log
         found = self._seen[key]
         if isinstance(found, Exception):
             raise found.with_traceback(None)  # else it grows with everyone who asks

@@ -1,6 +1,9 @@
 """What fails inside of a monitor never stops the training."""
 
+import gc
 import math
+import traceback
+import weakref
 
 import pytest
 import torch
@@ -114,6 +117,34 @@ def test_failing_loss(log):
 def test_one_failing_loss_is_logged_once(log):
     watched(loss=explode, metrics="all")
     assert len(log) == 1
+
+
+def test_a_failing_loss_is_logged_with_the_line_that_failed(log):
+    def loss(model, batch):
+        return model(batch[0])["logits"]
+
+    watched(loss=loss, metrics=["loss", "gradient_rank", "step_ratio"])
+    assert 'return model(batch[0])["logits"]' in "".join(traceback.format_exception(*log[0].exc_info))
+
+
+def test_nothing_of_a_failed_pass_is_held(log):
+    held = []
+
+    def loss(model, batch):
+        output = model(batch[0])
+        if torch.equal(batch[0], data(3)[-1][0]):  # the first one is held by the record of the log
+            held.append(weakref.ref(output))
+        return output["logits"]
+
+    gc.collect()
+    gc.disable()  # it is to go at once, not when there is time
+    try:
+        watched(loss=loss, metrics=["loss", "gradient_rank", "step_ratio"])
+        alive = [output for output in held if output() is not None]
+    finally:
+        gc.enable()
+    assert held
+    assert not alive
 
 
 def test_loss_that_fails_for_a_while():
