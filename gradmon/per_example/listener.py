@@ -208,14 +208,15 @@ class Listener:
         experience.several = recorder.backwards > 1
         if recorder.stray:
             self._known.forget([(key, course) for key, course, _ in self._courses])
-        if not self._courses and recorder.failure is None:
+        changed = self._laid is None or self._trained() != self._laid[0]
+        if not self._courses and recorder.failure is None and not changed:
             raise Unavailable(
                 "no forward pass of the model was seen (a compiled one cannot be seen: give the monitor the loss, "
                 "so that it takes passes of its own)"
             )
         collected = recorder.finish()
         experience.coverage = collected.coverage()
-        if self._laid is None or self._trained() != self._laid[0]:
+        if changed:
             raise Unavailable("which parameters are trained has changed since the last step")
         self._settle(batch)
         wanted = self._wanted
@@ -287,6 +288,8 @@ class Listener:
             self._outer.add(module)
         if len(calls) > 1 or recorder.failure is not None or not torch.is_grad_enabled():
             return None
+        if not any(parameter.requires_grad for parameter in recorder.weights.parameters):
+            return None  # frozen for this call, as one of two networks is while the other one is trained
         try:
             if running_backward() is not None:
                 call.close = self._listen_again(recorder, args, kwargs)
@@ -318,6 +321,8 @@ class Listener:
 
     def _listen(self, recorder: Recorder, call: Call, module: nn.Module, args: Any, kwargs: Any) -> Any:
         batch = (args, kwargs)
+        if not all(parameter.requires_grad for parameter in recorder.weights.parameters):
+            raise Unavailable("some of the parameters that are trained were frozen in a forward pass")
         try:
             examples = example_count(batch, self._dim)
         except GradmonError as error:

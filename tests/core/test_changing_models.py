@@ -160,3 +160,42 @@ def test_passive_beside_another_optimizer_that_steps_first():
         monitor.step(batch)
     reasons = [reading.reason for reading in sink.readings if reading.name == "step_condition" and not reading.layer]
     assert reasons == [MOVED, MOVED]
+
+
+def adversaries(toggle, part=slice(None)):
+    """The readings of two networks, of which each is frozen (or a part of it) while the other one is trained."""
+    torch.manual_seed(0)
+    networks = [nn.Sequential(nn.Linear(*sizes), nn.Tanh(), nn.Linear(*sizes[::-1])).double() for sizes in [(4, 6)] * 2]
+    sinks = [MemorySink(), MemorySink()]
+    optimizers = [torch.optim.SGD(network.parameters(), lr=0.1) for network in networks]
+    monitors = [
+        Monitor(*both, schedule=every(1), sinks=[sink]) for *both, sink in zip(networks, optimizers, sinks, strict=True)
+    ]
+
+    def frozen(network, yes):
+        for parameter in list(network.parameters())[part]:
+            parameter.requires_grad_(not (yes and toggle))
+
+    for _ in range(4):
+        x = torch.randn(8, 4).double()
+        for place in (1, 0):
+            frozen(networks[1 - place], True)
+            optimizers[place].zero_grad()
+            made = networks[0](x)
+            networks[1](made if place == 0 else torch.stack([made, x])[0] - x).square().mean().backward()
+            optimizers[place].step()
+            monitors[place].step(x)
+            frozen(networks[1 - place], False)
+    return [{(r.name, r.step): r for r in sink.readings} for sink in sinks]
+
+
+def test_two_networks_each_frozen_while_the_other_one_is_trained():
+    for found, plain in zip(adversaries(True), adversaries(False), strict=True):
+        for key in [(name, step) for name in ("grad_norm", "gradient_rank", "noise_scale") for step in range(1, 5)]:
+            assert found[key].value == pytest.approx(plain[key].value, rel=1e-9), (key, found[key].reason)
+
+
+def test_a_pass_with_some_parameters_frozen():
+    found = adversaries(True, part=slice(2))[0]
+    assert found["gradient_rank", 4].reason == "some of the parameters that are trained were frozen in a forward pass"
+    assert found["grad_norm", 4].value > 0
