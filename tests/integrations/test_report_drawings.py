@@ -147,6 +147,12 @@ def test_infinities_are_triangles_and_counted(tmp_path: Path) -> None:
     assert f" {BOTTOM}L" in down.attributes["d"]
 
 
+def test_infinities_count_in_the_median(tmp_path: Path) -> None:
+    readings = course("noise_ratio", [math.inf, 3.0, math.inf, 5.0, math.nan, math.inf], reason="batch of one")
+    (entry,) = page_of(tmp_path, write(tmp_path / "a.jsonl", readings)).figure("noise_ratio").all("li")
+    assert entry.text.startswith("mine: last inf, median inf, from 3 to inf.")
+
+
 def test_zeros_on_a_logarithmic_axis_are_told(tmp_path: Path) -> None:
     readings = course("grad_norm", [1.0, 0.0, 100.0])
     figure = page_of(tmp_path, write(tmp_path / "a.jsonl", readings)).figure("grad_norm")

@@ -86,8 +86,10 @@ def in_words(series: Series) -> str:
     words = f"last {number(last.value)}"
     if math.isnan(series.newest):
         words += f" at step {last.step}"
-    if series.finite and (low := min(series.finite)) < (high := max(series.finite)):
-        words += f", median {number(median(series.finite))}, from {number(low)} to {number(high)}"
+    # Infinite numbers count: a noise scale is infinite where no signal stands out.
+    values = [point.value for point in series.points if not math.isnan(point.value)]
+    if (low := min(values)) < (high := max(values)):
+        words += f", median {number(median(values))}, from {number(low)} to {number(high)}"
     return words
 
 
