@@ -91,6 +91,15 @@ def test_settings_are_compared(both: Page) -> None:
     assert all(name.endswith(" (differs)") for name in marked)
 
 
+def test_equal_numbers_of_different_types_do_not_differ(tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / f"{run}.jsonl", course("loss", [1.0]), run=run, info={"weight_decay": decay, "depth": depth})
+        for run, decay, depth in [("a", 0, 2), ("b", 0.0, 3)]
+    ]
+    _, *rows = page_of(tmp_path, *files).table("What was set: 1 of 2 differ")
+    assert {row[0]: row[1:] for row in rows} == {"depth (differs)": ["2", "3"], "weight_decay": ["0", "0.0"]}
+
+
 def test_the_best_end_has_a_star(real: tuple[Path, Path], both: Page) -> None:
     ends = []
     for path in real:

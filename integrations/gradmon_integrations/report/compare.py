@@ -28,8 +28,8 @@ def settings_table(runs: Sequence[RunData]) -> Table | None:
     if not names:
         return None
     rows = [[name, *(said(run.log.info[name]) if name in run.log.info else NONE for run in runs)] for name in names]
-    differing = [row for row in rows if len(set(row[1:])) > 1]
-    same = [row for row in rows if len(set(row[1:])) == 1]
+    differing = [row for row in rows if _differs([run.log.info.get(row[0], NONE) for run in runs])]
+    same = [row for row in rows if row not in differing]
     marked = [[f"{row[0]} (differs)", *row[1:]] for row in differing]
     title = "What was set" if len(runs) == 1 else f"What was set: {len(differing)} of {len(rows)} differ"
     return Table(title, ["setting", *(run.label for run in runs)], [*marked, *same], frozenset(range(len(marked))))
@@ -61,6 +61,11 @@ def said(value: object) -> str:
     if value is None:
         return "not available"
     return str(value)
+
+
+def _differs(values: Sequence[object]) -> bool:
+    """Whether values are not all equal, as 0 and 0.0 are."""
+    return any(value != values[0] for value in values)
 
 
 def _end(run: RunData, name: str) -> float | None:
