@@ -131,10 +131,6 @@ class Weights:
         parts = torch.split(rows, self.sizes, dim=1)
         return torch.cat([part[:, pick] for part, pick in zip(parts, self.picks, strict=True)], dim=1)
 
-    def pick_one(self, position: int, rows: Tensor) -> Tensor:
-        """The coordinates that are looked at of rows that belong to one parameter, (n, numel) -> (n, k_t)."""
-        return rows if self.picks is None else rows[:, self.picks[position]]
-
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """A vector, (P,), as one tensor per parameter, with its shape, type and device.
 

@@ -186,7 +186,6 @@ class _Looking:
             "scan",
             lambda: scan(
                 objective,
-                passes,
                 self._optimizer,
                 self._rates,
                 gradient,

@@ -14,7 +14,6 @@ from gradmon._errors import ArgumentError, Unavailable
 from gradmon._objective import Gradient, Objective
 from gradmon._tensors import length, ran_out, wide
 from gradmon._types import Batch
-from gradmon.preflight.passes import Passes
 from gradmon.preflight.rates import Rates, with_rates
 from gradmon.probes.step import trial_step
 
@@ -59,7 +58,6 @@ class Scan:
 
 def scan(
     objective: Objective,
-    passes: Passes,
     optimizer: Optimizer,
     rates: Rates,
     probe: Gradient,
@@ -73,7 +71,6 @@ def scan(
 
     Args:
         objective: The objective on the probe, inside its sandbox.
-        passes: Counts them.
         optimizer: The optimizer.
         rates: Its learning rates.
         probe: The gradient on the probe.

@@ -172,7 +172,7 @@ def suggest_lr(
         gradient = first_gradient(objective)
         try:
             training = None if taken.training is taken.probe else taken.training
-            found = scan(objective, passes, optimizer, rates, gradient, training)
+            found = scan(objective, optimizer, rates, gradient, training)
         except Unavailable as missing:
             found = Scan(reason=missing.reason)
     return suggestion(rates, found, passes.taken)

@@ -86,7 +86,7 @@ def pooled_result(
             raise Unavailable("non-finite gradient")
     means = variances = seen = None
     if wanted.moments:
-        means, variances, seen = _pooled_moments(team, *_own_moments(own, weights, sampled))
+        means, variances, seen = _pooled_moments(team, *_own_moments(own, sampled))
     return replace(own, examples=team.total, gram=matrix, rows=None, means=means, variances=variances, seen=seen)
 
 
@@ -94,7 +94,7 @@ def _factor(team: Team, rank: int) -> float:
     return team.total / (team.size * team.examples[rank])
 
 
-def _own_moments(own: PerExampleResult, weights: Weights, sampled: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
+def _own_moments(own: PerExampleResult, sampled: Weights | None) -> tuple[Tensor, Tensor, Tensor]:
     """Means, sums of squared deviations, and what is not zero, of this rank's examples."""
     if own.rows is None:
         assert own.means is not None
