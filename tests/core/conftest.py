@@ -38,3 +38,9 @@ def log():
     yield records
     logger.removeHandler(handler)
     logger.propagate = True
+
+
+@pytest.fixture
+def rng():
+    """Random numbers of one's own."""
+    return np.random.default_rng(0)
