@@ -30,7 +30,7 @@ trainers: $(TRAINERS)  ## Run the tests of the callbacks, with every trainer
 	$(PYTEST:$(BIN)/%=.venv-trainers/bin/%) tests/trainers $(ARGS)
 
 trainers-older: $(OLDER)  ## Run those of Lightning and transformers with the oldest versions that are supported
-	$(PYTEST:$(BIN)/%=.venv-trainers-older/bin/%) tests/trainers/test_lightning.py tests/trainers/test_transformers.py $(ARGS)
+	$(PYTEST:$(BIN)/%=.venv-trainers-older/bin/%) tests/trainers/test_lightning*.py tests/trainers/test_transformers*.py $(ARGS)
 
 lint: $(DEV)  ## Check style and formatting
 	$(BIN)/ruff check .
