@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,43 +12,28 @@ from torch.nn import functional as F  # noqa: N812
 from gradmon._errors import ArgumentError
 from gradmon_integrations.workloads.guessers import (
     GUESSERS,
-    ActivationMixing,
     ActivationPerturbation,
     CosineMatched,
-    DirectionalDescent,
     Downstream,
     Estimator,
     GuessedGradient,
-    SingularPower,
     WeightTranspose,
     estimate_gradient,
 )
-from gradmon_integrations.workloads.guessers.guesser import ActivationGuesser, Guesser
+from gradmon_integrations.workloads.guessers.guesser import Guesser
 from gradmon_integrations.workloads.guessers.kept import USES
-from gradmon_integrations.workloads.guessers.noise import Noise
-from gradmon_integrations.workloads.guessers.passes import Passes
-from gradmon_integrations.workloads.guessers.recording import Site
-from gradmon_integrations.workloads.guessers.settings import Settings
-from gradmon_integrations.workloads.guessers.several import Several
+from tests.integrations.workloads.guess_estimates import (
+    MODELS,
+    ONE_PASS,
+    Batch,
+    alike,
+    batch_of,
+    each,
+    seeded,
+    sequential,
+)
 
-Batch = tuple[Tensor, Tensor]
-ONE_PASS: tuple[Guesser, ...] = (
-    DirectionalDescent(), ActivationPerturbation(), ActivationPerturbation(masked=True), ActivationMixing(),
-    WeightTranspose(), SingularPower(2.0),
-)  # fmt: skip
 ALL = (*ONE_PASS, Downstream(1), CosineMatched(0.3))
-
-
-def each(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-
-def batch_of(examples: int = 5, *shape: int) -> Batch:
-    return torch.randn(examples, *(shape or (4,)), dtype=torch.float64), torch.randint(3, (examples,))
-
-
-def seeded(seed: int = 1) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 class Net(nn.Module):
@@ -83,12 +66,6 @@ def make() -> Net:
     for parameter in (*model.extra.parameters(), model.scale):
         parameter.requires_grad_(False)
     return model
-
-
-def alike(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert list(found) == list(wanted)
-    assert all(torch.equal(found[name], part) for name, part in wanted.items())
-    assert all(bool(part.isfinite().all()) for part in wanted.values())
 
 
 @pytest.mark.parametrize("guesser", ALL, ids=repr)
@@ -187,148 +164,6 @@ def test_random_numbers_move_as_in_one_pass() -> None:
         assert torch.equal(after, torch.get_rng_state())
 
 
-def sequential(*between: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Linear(4, 6), *between, nn.Linear(6, 6), *between, nn.Linear(6, 3))
-
-
-class Shortcut(nn.Module):
-    def __init__(self, inside: bool = False) -> None:
-        super().__init__()
-        self.a, self.b, self.c, self.inside = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3), inside
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.a(x)
-        z = self.b(F.silu(x))
-        if self.inside:
-            x += z  # what `silu` read is written to later
-            return self.c(x)
-        return self.c(F.relu(x + z) + z)
-
-
-class Written(nn.Module):
-    """The input of a layer is written to after its call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.a(x))
-        z = self.b(x)
-        x.add_(F.relu(z))
-        return self.c(x)
-
-
-class Swallows(nn.Module):
-    """Goes on whatever happens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
-        self.late = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.a(x)
-        try:
-            z = F.relu(z) if not self.late else F.relu(z) + F.tanh(z)
-        except Exception:
-            z = z.detach()
-        return self.b(z)
-
-
-class Images(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Conv2d(1, 3, 3), nn.Conv2d(3, 3, 3, 2, 1, groups=3), nn.Linear(12, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c(F.relu(self.b(F.relu(self.a(x)))).flatten(1))
-
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "relu": (lambda: sequential(nn.ReLU()), (4,)),
-    "in place": (lambda: sequential(nn.ReLU(inplace=True)), (4,)),
-    "tanh": (lambda: sequential(nn.Tanh()), (4,)),
-    "elu in place": (lambda: sequential(nn.ELU(inplace=True)), (4,)),
-    "linear": (sequential, (4,)),
-    "dropout": (lambda: sequential(nn.ReLU(), nn.Dropout(0.3)), (4,)),
-    "only dropout": (lambda: sequential(nn.Dropout(0.3)), (4,)),
-    "norm": (lambda: sequential(nn.LayerNorm(6, elementwise_affine=False), nn.ReLU()), (4,)),
-    "sigmoid last": (lambda: nn.Sequential(sequential(nn.ReLU()), nn.Sigmoid()), (4,)),
-    "shortcut": (Shortcut, (4,)),
-    "shortcut in place": (lambda: Shortcut(True), (4,)),
-    "written": (Written, (4,)),
-    "images": (Images, (1, 6, 6)),
-}  # fmt: skip
-
-
-class Spy:
-    """Remembers the guesses of another one."""
-
-    def __init__(self, inner: ActivationGuesser) -> None:
-        self.inner, self.needs, self.overall = inner, inner.needs, inner.overall
-        self.reach = getattr(inner, "reach", "any")
-        self.made: dict[int, Tensor] = {}
-
-    def guess(self, site: Site, noise: Noise) -> Tensor:
-        self.made[site.number] = self.inner.guess(site, noise)
-        return self.made[site.number].clone()
-
-
-@pytest.mark.parametrize("guesser", [*ONE_PASS[1:], Downstream(1)], ids=repr)
-@pytest.mark.parametrize("name", MODELS)
-def test_an_estimate_is_the_outer_products_of_its_guesses(name: str, guesser: ActivationGuesser) -> None:
-    """Against derivatives by backpropagation, and against the guesses that several passes make."""
-    torch.manual_seed(0)
-    model, batch = MODELS[name][0]().double(), batch_of(5, *MODELS[name][1])
-    spy = Spy(guesser)
-    estimator = Estimator(model, each, spy, hold=True)
-    for _ in range(2):
-        torch.manual_seed(3)
-        found = estimator(batch, generator=seeded())
-    torch.manual_seed(3)
-    with Passes(model, each, batch) as passes:
-        settings = Settings(guesser)
-        seed = passes.seed(seeded())
-        structure = passes.record(True, True)
-        wanted, _ = Several(passes, settings, structure, seed).run()
-    for key, part in wanted.items():
-        torch.testing.assert_close(found[key], part, rtol=1e-11, atol=1e-13)
-    if name in ("in place", "elu in place", "shortcut in place", "written"):
-        return  # z is written to, which no hook sees
-    called: list[tuple[nn.Module, Tensor, Tensor]] = []
-    hooks = [
-        module.register_forward_hook(lambda m, x, z: called.append((m, x[0].detach(), z)))
-        for module in model.modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-    torch.manual_seed(3)
-    errors = torch.autograd.grad(each(model, batch).sum(), [z for _, _, z in called])
-    for hook in hooks:
-        hook.remove()
-    y = [spy.made[number] for number in range(len(called))]
-    along = torch.stack([(e * part).flatten(1).sum(1) for e, part in zip(errors, y, strict=True)]).sum(0)
-    if spy.overall:
-        along = along / torch.stack([part.flatten(1).square().sum(1) for part in y]).sum(0)
-    names = {parameter: key for key, parameter in model.named_parameters()}
-    for (module, x, _), part in zip(called, y, strict=True):
-        cotangent = part * along.reshape(-1, *[1] * (part.ndim - 1)) / len(along)
-        for parameter, grad in zip(
-            module.parameters(), torch.autograd.grad(module(x), list(module.parameters()), cotangent), strict=True
-        ):
-            torch.testing.assert_close(found[names[parameter]], grad, rtol=1e-10, atol=1e-13)
-
-
-@pytest.mark.parametrize("guesser", ONE_PASS[1:], ids=repr)
-def test_a_model_that_swallows_errors(guesser: Guesser) -> None:
-    torch.manual_seed(0)
-    model, batch = Swallows().double(), batch_of()
-    estimator = Estimator(model, each, guesser)
-    for late in (False, True, False):
-        model.late = late
-        alike(estimator(batch, generator=seeded()), estimate_gradient(model, each, batch, guesser, generator=seeded()))
-
-
 def test_examples_that_begin_to_interact_are_seen() -> None:
     """At once where it is another function; after `USES` estimates where it is not."""
     torch.manual_seed(0)
@@ -412,70 +247,3 @@ def test_copies_find_everything_for_themselves() -> None:
     estimator(batch)
     twin = copy.deepcopy(estimator)
     alike(twin(batch, generator=seeded()), estimator(batch, generator=seeded()))
-
-
-class Own(torch.autograd.Function):
-    """The third power, by a function of one's own."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.slope = 3 * x**2
-        return x**3
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
-        return ctx.slope * tangent
-
-
-class Unseen(nn.Module):
-    """A pre-activation that is read by a function that no mode sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.a(x)
-        hidden = Own.apply(z)
-        return self.b(F.relu(z) * hidden)
-
-
-@pytest.mark.parametrize("guesser", [ActivationPerturbation(masked=True), WeightTranspose()], ids=repr)
-def test_a_reader_that_is_not_seen(guesser: Guesser) -> None:
-    torch.manual_seed(0)
-    model, batch = Unseen().double(), batch_of()
-    estimator = Estimator(model, each, guesser)
-    with Passes(model, each, batch) as passes:
-        seed = passes.seed(seeded())
-        wanted, _ = Several(passes, Settings(guesser), passes.record(True, True), seed).run()
-    for _ in range(3):
-        alike(estimator(batch, generator=seeded()), wanted)
-
-
-class Hyper(nn.Module):
-    """The weight of a layer is what another layer makes of as many rows as there are examples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maker, self.a, self.b = nn.Linear(4, 36), nn.Linear(4, 6), nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.maker(x).mean(0).reshape(6, 6)
-        return self.b(F.relu(F.linear(F.relu(self.a(x)), weight)))
-
-
-@pytest.mark.parametrize("guesser", [ActivationPerturbation(), ActivationPerturbation(masked=True)], ids=repr)
-def test_a_weight_that_a_layer_makes(guesser: ActivationGuesser) -> None:
-    """One loss for all examples: each gets a pass of its own, and its derivative is its part of that by z."""
-    torch.manual_seed(0)
-    model, batch = Hyper().double(), batch_of()
-    spy = Spy(guesser)
-    found = estimate_gradient(model, lambda m, b: each(m, b).mean(), batch, spy, generator=seeded())
-    called: list[tuple[nn.Module, Tensor, Tensor]] = []
-    for module in (model.maker, model.a, model.b):
-        module.register_forward_hook(lambda m, x, z: called.append((m, x[0].detach(), z)))
-    errors = torch.autograd.grad(each(model, batch).mean(), [z for _, _, z in called])
-    made = [spy.made[number] for number in (0, 1, 3)]
-    along = torch.stack([(e * y).sum(1) for e, y in zip(errors, made, strict=True)]).sum(0)
-    for name, (_, x, _), y in zip(("maker", "a", "b"), called, made, strict=True):
-        torch.testing.assert_close(found[f"{name}.weight"], (y * along[:, None]).T @ x, rtol=1e-10, atol=1e-13)
