@@ -202,7 +202,7 @@ def user_hook_on_an_activation():
         alone = copy.deepcopy(model)
         alone.function = term
         value = mse(alone, (batch[0][i : i + 1], batch[1][i : i + 1]))
-        seen.append(references._gradient(value, list(alone.parameters())).numpy())
+        seen.append(references.gradient(value, list(alone.parameters())).numpy())
     return Scene(model, batch, plain(mse), np.stack(seen))
 
 
