@@ -52,6 +52,9 @@ def check_loss(loss: object, *, optional: bool = False) -> None:
         raise ArgumentError("loss", must, f"{name}{signature}: {error}") from None
 
 
+_REENTRANT = "reentrant checkpointing knows no torch.autograd.grad: set use_reentrant=False"
+
+
 class Gradient(NamedTuple):
     """A gradient at some weights.
 
@@ -106,6 +109,7 @@ class Objective:
         self.examples = example_count(batch)
         self.team = team
         self.epsilon = weights.epsilon
+        self._reentrant: bool | None = None
         others = behind(loss)
         self.sandbox = Sandbox(self.model, weights.parameters, others, random)
         self._silenced = [model, *others.modules]
@@ -276,20 +280,30 @@ class Objective:
         """The gradients of a scalar by the parameters, and by some more tensors; None where it does not depend on one.
 
         Raises:
-            Unavailable: Part of the graph is of a kind that knows only `backward`.
+            Unavailable: Part of the graph is of a kind that knows only `backward`, or makes a backward pass of its own.
             RuntimeError: Autograd fails for another reason.
         """
         parameters = [*self.weights.parameters, *more]
         if not isinstance(value, Tensor) or not value.requires_grad:
             return [None] * len(parameters)
+        trained = self.weights.parameters
+        before = [_gradient_state(parameter) for parameter in trained]
         try:
-            return list(torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True))
+            found: list[Tensor | None] = list(
+                torch.autograd.grad(value, parameters, create_graph=create_graph, allow_unused=True)
+            )
         except RuntimeError as error:
             if "checkpoint" not in str(error):
                 raise
-            raise Unavailable(
-                "reentrant checkpointing knows no torch.autograd.grad: set use_reentrant=False"
-            ) from error
+            raise Unavailable(_REENTRANT) from error
+        if any(_gradient_state(parameter) != state for parameter, state in zip(trained, before, strict=True)):
+            raise Unavailable("a function of the model adds to the gradients in a backward pass of its own")
+        if any(part is None for part in found[: len(trained)]):
+            if self._reentrant is None:
+                self._reentrant = _is_reentrant(value)
+            if self._reentrant:  # a part that does not lead to any of the parameters is left out without an error
+                raise Unavailable(_REENTRANT)
+        return found
 
 
 class _Coarsest(TorchFunctionMode):
@@ -306,6 +320,26 @@ class _Coarsest(TorchFunctionMode):
         if isinstance(result, Tensor) and result.is_floating_point() and result.requires_grad:
             self.epsilon = max(self.epsilon, torch.finfo(result.dtype).eps)
         return result
+
+
+def _gradient_state(parameter: Tensor) -> tuple[int, int] | None:
+    """What tells whether somebody has added to the gradient of a parameter meanwhile."""
+    gradient = parameter.grad
+    return None if gradient is None else (id(gradient), int(gradient._version))
+
+
+def _is_reentrant(value: Tensor) -> bool:
+    """Whether a part of the graph is checkpointed reentrantly; its parameters are not seen from outside."""
+    waiting, seen = [value.grad_fn], set[Any]()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name().startswith("CheckpointFunction"):
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def dense(part: Tensor | None, parameter: Tensor) -> Tensor:
