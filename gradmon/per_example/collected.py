@@ -67,7 +67,7 @@ class Collected:
         self._ways: dict[int, dict[str, None]] = {}
         self._partial: dict[tuple[Group, Group], tuple[Tensor, int]] = {}
         self._sent: dict[tuple[int, int], tuple[Tensor, Tensor | float]] = {}
-        self._sums: dict[tuple[int, int], Tensor] = {}
+        self._sums: dict[tuple[int, int], tuple[Tensor, Tensor | float]] = {}
         self._received: dict[tuple[int, int], tuple[Tensor | float, Tensor | float, Tensor | float]] = {}
         self.epsilon = 0.0
         self.work_epsilon = 0.0
@@ -158,13 +158,14 @@ class Collected:
     def add_rows(self, position: int, group: Group, rows: Tensor) -> None:
         """Add the looked-at coordinates of one parameter's gradients, (n, k)."""
         self._rows.setdefault(position, {})[group] = rows
-        self._sum(position, group.task, rows.sum(0))
+        self._sum(position, group.task, rows.sum(0), _square(rows.reshape(-1)))
 
     def add_moments(self, position: int, group: Group, found: Moments) -> None:
         """Add the moments of one parameter's gradients."""
         before = self._moments.get(position)
         self._moments[position] = found if before is None else before.with_(found)
-        self._sum(position, group.task, found.means * found.count)
+        squares = wide(found.squares).sum() + wide(found.means).square().sum() * found.count
+        self._sum(position, group.task, found.means * found.count, squares)
 
     def add_share(self, position: int, share: Tensor) -> None:
         """Add one parameter's whole gradient of the example that is looked at."""
@@ -174,9 +175,10 @@ class Collected:
         """The parameters, and the backward passes, from which examples' gradients were made."""
         return ((position, task) for position, tasks in self._made.items() for task in tasks)
 
-    def _sum(self, position: int, task: int, total: Tensor) -> None:
+    def _sum(self, position: int, task: int, total: Tensor, squares: Tensor | float) -> None:
+        """Add a sum of gradients, and the sum of their squared norms, for comparison."""
         before = self._sums.get((position, task))
-        self._sums[position, task] = total if before is None else before + total
+        self._sums[position, task] = (total, squares) if before is None else (before[0] + total, before[1] + squares)
 
     def add_gradient(self, position: int, task: int, gradient: Tensor) -> None:
         """Note what a parameter was sent as a whole by one backward pass."""
@@ -210,9 +212,12 @@ class Collected:
         everything = sum(size for size, _, _ in table)
         if not math.isfinite(everything):
             raise Unavailable("non-finite gradient")
-        sums = {
-            key: (size, 0.0) for key, size in zip(self._sums, _read(map(_square, self._sums.values())), strict=True)
-        }
+        added = zip(
+            _read(_square(total) for total, _ in self._sums.values()),
+            _read(squares for _, squares in self._sums.values()),
+            strict=True,
+        )
+        sums = dict(zip(self._sums, added, strict=True))
         traces = zip(
             _read(size for size, _ in self._sent.values()), _read(t for _, t in self._sent.values()), strict=True
         )
@@ -223,11 +228,13 @@ class Collected:
         fine = max(self.epsilon, self.work_epsilon)
         tolerance = 4 * max(16 * self.epsilon, self.work_epsilon**0.5)
         for (key, _), (_, seen, sampled) in zip(received, table, strict=True):
-            for found, expected in ((sums.get(key), sampled), (sent.get(key), seen)):
+            # A squared norm from inner products has their rounding errors, that of a sum has the squares of its own.
+            looked = (sums.get(key), sampled, (64 * fine) ** 2), (sent.get(key), seen, 64 * fine)
+            for found, expected, error in looked:
                 if found is None:
                     continue
                 size, trace = found
-                rounding = 64 * fine * counts.get(key[1], 0) * trace + (64 * fine) ** 2 * everything
+                rounding = error * counts.get(key[1], 0) * trace + (64 * fine) ** 2 * everything
                 if not abs(size - expected) <= tolerance * max(size, expected) + rounding:
                     name = self._weights.names[key[0]]
                     raise Unavailable(f"the examples' gradients of `{name}` do not add up to its batch gradient")

@@ -95,3 +95,24 @@ def test_inner_products_are_summed_over_all_parameters(count, dtype, tolerance, 
     G = references.gram(H, factors)
     assert found.gram.dtype == torch.float64
     np.testing.assert_allclose(found.gram, G, rtol=0, atol=tolerance * np.abs(G).max())
+
+
+# --- gradients that cancel -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [4, 64])
+def test_gradients_that_cancel_but_for_rounding_add_up(dtype, size):
+    model = nn.Linear(4, 1, bias=False).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    half = torch.randn(size, 4, generator=generator, dtype=torch.float64)
+    batch = torch.cat([half, -half.flip(0)])[torch.randperm(2 * size, generator=generator)].to(dtype)
+    rows = gradmon.per_example_gradients(model, lambda model, x: model(x).mean(), batch)
+    torch.testing.assert_close(rows, batch)
+    names = ["gradient_rank", "gradient_coherence", "noise_scale", "gradient_snr"]
+    found = gradmon.measure(model, lambda model, x: model(x).mean(), batch, metrics=names)
+    assert found["gradient_rank"].reason is None
+    assert found["gradient_coherence"].value == pytest.approx(0, abs=1e-6)
+    assert found["noise_scale"].reason == "no signal above the noise"
+    assert found["gradient_snr"].value == pytest.approx(0, abs=1e-6)
+    assert listened(model, batch, lambda: model(batch).mean().backward()).rows is None
