@@ -83,6 +83,11 @@ class Collected:
         """Count the examples of a forward pass."""
         self._groups[group] = None
 
+    @property
+    def groups(self) -> Collection[Group]:
+        """The examples of the forward passes of which gradients arrived."""
+        return self._groups
+
     def join_missing(self, group: Group) -> None:
         """Count the examples of a forward pass of whose uses none had a gradient."""
         if not self._groups:

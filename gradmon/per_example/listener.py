@@ -26,6 +26,7 @@ from gradmon.per_example.courses import Courses
 from gradmon.per_example.hooks import Call, Hook, UnderWay, begun, compiled
 from gradmon.per_example.recorder import Recorder
 from gradmon.per_example.recording import Recording, Wanted
+from gradmon.per_example.repeats import Repeats
 from gradmon.per_example.rows import Course
 
 
@@ -83,6 +84,7 @@ class Listener:
         self.experience = experience or Experience()
         self._known = Courses(self._model, self._dim, inputs, inner, self.experience)
         self._ambiguous: list[Tensor] = []
+        self._repeats = Repeats(self._dim)
         self._courses: list[tuple[Any, Course, Entry | None]] = []
         self._entered: dict[Recording, Course] = {}
         self._handles: list[RemovableHandle] = []
@@ -121,6 +123,7 @@ class Listener:
         )
         experience.scratch = recorder.scratch
         self._ambiguous, self._courses, self._entered = [], [], {}
+        self._repeats = Repeats(self._dim)
         self._examples = 0
         reason = compiled(self._modules)
         if reason is not None:
@@ -178,6 +181,7 @@ class Listener:
         self._recorder = self.experience.scratch = None
         self._modules = []
         self._ambiguous, self._courses, self._entered = [], [], {}
+        self._repeats = Repeats(self._dim)
 
     def _interrupt(self) -> None:
         """End what an interrupt has left: it ends a forward pass without any hook being told."""
@@ -221,6 +225,9 @@ class Listener:
         self._settle(batch)
         wanted = self._wanted
         found = collected.result(self._counts(batch), gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
+        if found.examples < sum(group.examples for group in collected.groups):
+            numbers = {group.number for group in collected.groups}
+            self._repeats.check([] if batch is None else tensors(batch), found.examples, numbers)
         self._examples = found.examples
         self._known.confirm()
         self._outer = outer
@@ -337,6 +344,7 @@ class Listener:
         first = next(t for t in tensors(batch) if t.ndim > 0)
         if not self._dim_given and first.ndim > 1 and first.shape[0] == first.shape[1] > 1:
             self._ambiguous.append(first.detach().clone())
+        self._repeats.note(len(self._courses), list(tensors(batch)), examples)
         source = tuple((weakref.ref(t), version(t)) for t in tensors(batch))
         recording = Recording(recorder, course, examples, number=len(self._courses), source=source)
         self._entered[recording] = course
