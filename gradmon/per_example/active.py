@@ -22,6 +22,7 @@ from gradmon._types import Batch
 from gradmon.per_example.capture import Capture, Entry, Use
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.groups import Group
+from gradmon.per_example.holding import holds
 from gradmon.per_example.look import Seen, find_course
 from gradmon.per_example.recorder import Recorder
 from gradmon.per_example.recording import Recording, Wanted
@@ -104,13 +105,19 @@ class PerExample:
         trained = tuple(id(parameter) for parameter in objective.weights.parameters)
         self._key = (trained, entry, objective.examples == 1)
         known = self._experience.courses.get(self._key)
-        self._course = self._find() if known is None else known
+        if known is not None and not holds(self._look, objective.copied(), objective.examples, known):
+            self._course = self._find(few=False)
+        else:
+            self._course = self._find() if known is None else known
         self._check = self._experience.probes % CHECKED_EVERY == 0
         self._experience.probes += 1
 
     def _find(self, *, few: bool = True) -> Course:
         objective = self._objective
-        course = find_course(self._look, objective.copied(), objective.examples, few=few)
+        batch, examples = objective.copied(), objective.examples
+        course = find_course(self._look, batch, examples, few=few)
+        if few and not holds(self._look, batch, examples, course):
+            course = find_course(self._look, batch, examples, few=False)
         self._experience.courses[self._key] = course
         return course
 
@@ -119,7 +126,7 @@ class PerExample:
         with self._objective.at(values), still:
             capture, _ = self._forward(self._objective.copied(batch), None, lambda use: tell(Seen.of(use)))
         if capture.x is not None:
-            tell(Seen("x", [], 1, [capture.x.detach().clone()], []))
+            tell(Seen("x", [], 1, [capture.x.detach().clone()], [], decided=capture.decided))
 
     def _forward(
         self, batch: Batch, delta: Tensor | None, note: Callable[[Use], None], recording: Recording | None = None

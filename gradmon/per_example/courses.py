@@ -15,6 +15,7 @@ from gradmon._tensors import ran_out
 from gradmon._types import Batch
 from gradmon.per_example.active import Experience, entry_of, without_zeros
 from gradmon.per_example.capture import Capture, Entry, Use
+from gradmon.per_example.holding import holds
 from gradmon.per_example.hooks import begun
 from gradmon.per_example.look import Seen, find_course
 from gradmon.per_example.rows import Course
@@ -49,11 +50,13 @@ class Courses:
             raise Unavailable(self._refused[key])
         entries: dict[Any, Any] = self._experience.courses
         entry: Entry | None = entries.get((key, "entry"))
-        if key not in entries:
+        known: Course | None = entries.get(key)
+        if known is None or known.chosen is not None:
             try:
-                entry = self._find_entry(weights, module, batch) if self._inputs else None
+                if known is None:
+                    entry = self._find_entry(weights, module, batch) if self._inputs else None
                 few = key not in self._strays
-                entries[key] = self._look(weights, module, batch, examples, entry, few=few)
+                entries[key] = self._look(weights, module, batch, examples, entry, few=few, known=known)
                 entries[key, "entry"] = entry
             except Unavailable as missing:
                 self._refused[key] = missing.reason
@@ -80,7 +83,15 @@ class Courses:
             return None
 
     def _look(
-        self, weights: Weights, module: nn.Module, batch: Batch, examples: int, entry: Entry | None, *, few: bool
+        self,
+        weights: Weights,
+        module: nn.Module,
+        batch: Batch,
+        examples: int,
+        entry: Entry | None,
+        *,
+        few: bool,
+        known: Course | None,
     ) -> Course:
         values = [without_zeros(parameter.data) for parameter in weights.parameters]
         with Sandbox(self._model, weights.parameters) as sandbox:
@@ -112,9 +123,12 @@ class Courses:
                         raise
                     raise Unavailable(f"the forward pass cannot be looked into: {told(error)}") from error
                 if capture.x is not None:
-                    tell(Seen("x", [], 1, [capture.x.detach().clone()], []))
+                    tell(Seen("x", [], 1, [capture.x.detach().clone()], [], decided=capture.decided))
 
-            return find_course(run, batch, examples, self._dim, few=few)
+            found = find_course(run, batch, examples, self._dim, few=few) if known is None else known
+            if (few or known is not None) and not holds(run, batch, examples, found, self._dim):
+                return find_course(run, batch, examples, self._dim, few=False)
+            return found
 
     def reconsider(self) -> None:
         """Look again at what was given up."""

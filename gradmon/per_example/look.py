@@ -37,6 +37,7 @@ class Seen:
         made: Copies of its sources that are made of parameters by other calls.
         additive: Whether it only adds.
         ragged: Whether the number of its rows may depend on the contents of the batch.
+        decided: Among how many things the batch has chosen before.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Seen:
     made: list[Tensor]
     additive: bool = False
     ragged: bool = False
+    decided: int = 0
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -61,7 +63,7 @@ class Seen:
         """A use as it is now."""
         values = [tensor.detach().clone() for tensor in (*use.outputs, *use.activations)]
         made = [tensor.detach().clone() for tensor in use.made]
-        return Seen(use.name, use.positions, len(use.outputs), values, made, use.additive, use.ragged)
+        return Seen(use.name, use.positions, len(use.outputs), values, made, use.additive, use.ragged, use.decided)
 
 
 _FEW = 3
@@ -142,7 +144,7 @@ def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int, *, few: bool = F
         for position, use in enumerate(looked)
     ]
     replaced = torch.cat([index[1:2], index[1:]])
-    for order in _orders(len(index)):
+    for order in orders(len(index)):
         _compare(run, select(index[order]), looked, lambda p, v, moved, o=order: values[p][v].compare(o, moved))
     if any(use.made for use in looked):
         others: list[Seen] = []
@@ -151,7 +153,14 @@ def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int, *, few: bool = F
     owners = [[value.owner() for value in use] for use in values]
     if still.orders:
         _check_turned(run, select(index), select(replaced), looked, owners)
-    return _course(looked, owners)
+    return _course(looked, owners, _chosen(looked, other))
+
+
+def _chosen(looked: list[Seen], other: list[Seen] | None) -> list[bool]:
+    """At which uses the order of the rows may depend on what the batch holds."""
+    if other is None:
+        return [use.decided > 0 for use in looked]
+    return [use.decided != more.decided for use, more in zip(looked, other, strict=True)]
 
 
 def _check_turned(run: Run, batch: Batch, replaced: Batch, looked: list[Seen], owners: list[list[Ownership]]) -> None:
@@ -214,13 +223,14 @@ def _compare(
         raise Unavailable("the forward pass takes another course when the examples come in another order")
 
 
-def _course(uses: list[Seen], owners: list[list[Ownership]]) -> Course:
+def _course(uses: list[Seen], owners: list[list[Ownership]], chosen: Sequence[bool] = ()) -> Course:
     planned = [
         Planned(use.name, use.positions, own[: use.outputs], own[use.outputs :])
         for use, own in zip(uses, owners, strict=True)
     ]
     entered = bool(uses) and uses[-1].name == "x" and not uses[-1].positions
-    return Course(planned[:-1], owners[-1][0]) if entered else Course(planned)
+    first = next((place for place, moves in enumerate(chosen) if moves), None)
+    return Course(planned[:-1], owners[-1][0], first) if entered else Course(planned, chosen=first)
 
 
 def _alike(uses: list[Seen], others: list[Seen]) -> bool:
@@ -246,7 +256,7 @@ def _check_made(uses: list[Seen], others: list[Seen]) -> None:
                 raise Unavailable(f"what `{use.name}` is given depends on the batch in a way that is not seen")
 
 
-def _orders(n: int) -> list[Tensor]:
+def orders(n: int) -> list[Tensor]:
     """A cycle through all examples, and the first two exchanged: together they generate every order."""
     course = torch.randperm(n, generator=torch.Generator().manual_seed(n))
     cycle = torch.empty(n, dtype=torch.int64)
@@ -285,9 +295,9 @@ class _Value:
             expected = self.value
             for dim in dims:
                 expected = expected.index_select(dim, _source(self.value.shape[dim], inner, order, self.value))
-            gap = _distance(moved, expected, self.value)
+            gap = distance(moved, expected, self.value)
             self._gaps[dims, inner] = max(self._gaps.get((dims, inner), 0.0), gap)
-        self._moved.append(_distance(moved, self.value, self.value))
+        self._moved.append(distance(moved, self.value, self.value))
 
     def _candidates(self) -> list[tuple[tuple[int, ...], int]] | Unknown:
         """The dimensions that may hold the examples, and how many neighbouring rows may belong to one."""
@@ -356,7 +366,7 @@ def _source(size: int, inner: int, order: Tensor, like: Tensor) -> Tensor:
     return (index // block * block + order[index // inner % len(order)] * inner + index % inner).to(like.device)
 
 
-def _distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
+def distance(a: Tensor, b: Tensor, scale: Tensor) -> float:
     """The relative distance of two tensors; 0 where all is zero."""
     a, b, scale = (torch.view_as_real(t) if t.is_complex() else t for t in (a, b, scale))
     size, gap = length(scale), length(wide(a) - wide(b))

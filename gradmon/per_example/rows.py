@@ -114,7 +114,9 @@ class Course:
     Attributes:
         uses: The uses, in order.
         x: The ownership of the examples' inputs, where they were asked for.
+        chosen: The position of the first use whose rows may be in an order that the batch chooses; None for none.
     """
 
     uses: list[Planned]
     x: Ownership | None = None
+    chosen: int | None = None
