@@ -338,7 +338,7 @@ class Monitor:
             self._observer.close()
         if self._lockstep is not None:
             self._lockstep.close()
-        self._publisher.close(None if self._closed else succeeded)
+        self._publisher.close(None if self._closed else succeeded, self._step)
         self._closed = True
 
     def __enter__(self) -> Monitor:

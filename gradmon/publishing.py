@@ -238,8 +238,18 @@ class Publisher:
             sink for sink in self._sinks if isinstance(sink, Background) and not sink.wait(deadline - time.monotonic())
         ]
 
-    def close(self, succeeded: bool | None = None) -> None:
-        """Tell the sinks how the run ended, if that is known, and close them; a second call does nothing."""
+    def close(self, succeeded: bool | None = None, steps: int = 0) -> None:
+        """Tell the sinks how the run ended, if that is known, and close them; a second call does nothing.
+
+        Args:
+            succeeded: How it ended; None if that is not known, or was told.
+            steps: How many steps it had. If nothing was looked at in them, that is logged, lest it pass for good news.
+        """
+        if succeeded and steps and self.writes and not self._readings and not self._failures:
+            sooner = f"schedule=every({max(1, steps // 10)}) would have looked"
+            _LOG.warning(
+                "%s: nothing was looked at: none of the %d steps was due; %s", self._failures.run, steps, sooner
+            )
         if self._process != os.getpid():  # forked: the run, its files and its ports are the parent's
             self._sinks = []
         for sink in self._sinks:

@@ -8,7 +8,7 @@ from gradmon import Monitor, every
 from gradmon.alerts import Above
 from gradmon.publishing import Failures, Publisher
 from gradmon.sinks import JsonlSink, MemorySink
-from tests.core.sinking import reading, watched
+from tests.core.sinking import reading, train, watched
 
 
 def test_one_sink_cannot_have_two_names(tmp_path):
@@ -99,3 +99,24 @@ def test_a_rule_that_cannot_say_what_it_looks_at_harms_nobody():
     publisher.publish([reading()])
     assert [found.rule for found in sink.alerts] == ["loss_high"]
     assert failures == {"alert odd": 1}
+
+
+@pytest.mark.parametrize("length", [1, 40])
+def test_a_run_that_was_over_before_anything_was_due_is_told(log, length):
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, schedule=every(50)) as monitor:
+        train(monitor, model, optimizer, length)
+    told = f"nothing was looked at: none of the {length} steps was due; schedule=every({length // 10 or 1}) would have"
+    assert [told in record.getMessage() for record in log] == [True]
+    monitor.close()
+    assert len(log) == 1
+
+
+@pytest.mark.parametrize("length", [0, 50])
+def test_a_run_without_steps_or_with_readings_is_not_told_off(log, length):
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, schedule=every(50)) as monitor:
+        train(monitor, model, optimizer, length)
+    assert not log
