@@ -109,7 +109,7 @@ class Objective:
         self.examples = example_count(batch)
         self.team = team
         self.epsilon = weights.epsilon
-        self._reentrant: bool | None = None
+        self._checkpoints: list[Any] | None = None
         others = behind(loss)
         self.sandbox = Sandbox(self.model, weights.parameters, others, random)
         self._silenced = [model, *others.modules]
@@ -298,12 +298,29 @@ class Objective:
             raise Unavailable(_REENTRANT) from error
         if any(_gradient_state(parameter) != state for parameter, state in zip(trained, before, strict=True)):
             raise Unavailable("a function of the model adds to the gradients in a backward pass of its own")
-        if any(part is None for part in found[: len(trained)]):
-            if self._reentrant is None:
-                self._reentrant = _is_reentrant(value)
-            if self._reentrant:  # a part that does not lead to any of the parameters is left out without an error
-                raise Unavailable(_REENTRANT)
+        if self._checkpoints is None:
+            self._checkpoints = _reentrant(value)
+        # A part that does not lead to any of the parameters is left out without an error.
+        if self._checkpoints and self._hides(found[: len(trained)]):
+            raise Unavailable(_REENTRANT)
         return found
+
+    def _hides(self, found: Sequence[Tensor | None]) -> bool:
+        """Whether parts that are checkpointed reentrantly may use parameters, whose gradients then lack what these add.
+
+        Args:
+            found: The gradients, one per parameter.
+        """
+        if any(part is None for part in found):
+            return True
+        trained = {id(parameter) for parameter in self.weights.parameters}
+        for function in self._checkpoints or ():
+            others = behind(function)
+            used = [parameter for module in others.modules for parameter in module.parameters()]
+            used += [value for value in others.values if isinstance(value, Tensor)]
+            if not used or any(id(parameter) in trained for parameter in used):
+                return True
+        return False
 
 
 class _Coarsest(TorchFunctionMode):
@@ -328,18 +345,18 @@ def _gradient_state(parameter: Tensor) -> tuple[int, int] | None:
     return None if gradient is None else (id(gradient), int(gradient._version))
 
 
-def _is_reentrant(value: Tensor) -> bool:
-    """Whether a part of the graph is checkpointed reentrantly; its parameters are not seen from outside."""
-    waiting, seen = [value.grad_fn], set[Any]()
+def _reentrant(value: Tensor) -> list[Any]:
+    """The functions of a graph that are checkpointed reentrantly; what is in them is not seen from outside."""
+    waiting, seen, found = [value.grad_fn], set[Any](), list[Any]()
     while waiting:
         node: Any = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name().startswith("CheckpointFunction"):
-            return True
         seen.add(node)
+        if node.name().startswith("CheckpointFunction"):
+            found.append(getattr(node, "run_function", None))
         waiting.extend(following for following, _ in node.next_functions)
-    return False
+    return found
 
 
 def dense(part: Tensor | None, parameter: Tensor) -> Tensor:

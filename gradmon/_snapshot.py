@@ -174,7 +174,7 @@ def _is_unchanged(now: Tensor, before: Tensor) -> bool:
 
 
 def _restore_array(now: np.ndarray[Any, Any], before: np.ndarray[Any, Any]) -> None:
-    if now.dtype.hasobject or not np.array_equal(now, before):
+    if now.dtype.hasobject or now.tobytes() != before.tobytes():  # NaN is not equal to itself, and 0 is to -0
         np.copyto(now, before)
 
 

@@ -43,7 +43,8 @@ class Failures(Counter[str]):
     def note(self, where: str, error: Exception) -> None:
         """Count an error, and log it if it is the first one there; what its way here holds is let go of."""
         self._note(where, error)
-        error.__traceback__ = None  # its frames hold tensors, and whoever keeps the error
+        # Its frames hold tensors, and whoever keeps the error. A frozen dataclass would refuse an assignment.
+        BaseException.with_traceback(error, None)
 
     def _note(self, where: str, error: Exception) -> None:
         if getattr(error, "_gradmon_noted", False):  # one error, of which several metrics hear

@@ -155,3 +155,14 @@ def test_what_cannot_be_written_to_is_left_alone(name, place, tmp_path):
         return mse(model, batch) if held is not None else None
 
     assert gradmon.measure(model, loss if place == "loss" else mse, regression(), metrics=["loss"])["loss"].value > 0
+
+
+def test_an_array_in_which_zeros_change_their_sign_is_put_back():
+    held = np.array([0.0, 1.0])
+
+    def loss(model, batch):
+        held[0] = -0.0
+        return mse(model, batch)
+
+    gradmon.measure(mlp(torch.float32), loss, regression(), metrics=["loss"])
+    assert held.tobytes() == np.array([0.0, 1.0]).tobytes()

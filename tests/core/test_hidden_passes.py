@@ -1,13 +1,14 @@
 """Backward passes inside of the backward pass: what they add to the gradients is not seen, and must not be left out."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import gradmon
 from gradmon import Monitor, every
@@ -99,3 +100,33 @@ def test_gradients_that_the_loss_itself_leaves_behind_are_nothing_hidden():
 
     found = gradmon.measure(model(), against_the_worst, batch(), metrics=["grad_norm"])["grad_norm"]
     assert found.reason is None
+
+
+class Shared(nn.Module):
+    """One layer inside of a part that is checkpointed behind no parameter, and outside of it."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.layer, self.call = nn.Linear(4, 4), call
+
+    def forward(self, x):
+        return self.layer(torch.tanh(checkpoint(self.call(self.layer), x.clone().requires_grad_(), use_reentrant=True)))
+
+
+CALLS = {
+    "module": lambda layer: layer,
+    "method": lambda layer: layer.forward,
+    "closure": lambda layer: lambda x: layer(x),
+    "partial": lambda layer: partial(F.linear, weight=layer.weight, bias=layer.bias),
+    "nested": lambda layer: lambda x: checkpoint_sequential([layer, nn.Identity()], 1, x, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_a_layer_that_is_hidden_and_seen_has_no_gradient_of_its_visible_part_alone(call):
+    net, data = Shared(call), batch()
+    loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    assert gradmon.measure(net, loss, data, metrics=["grad_norm"])["grad_norm"].reason == REENTRANT
+    for function in (gradmon.batch_gradient, gradmon.per_example_gradients):
+        with pytest.raises(gradmon.Unavailable):
+            function(net, loss, data)

@@ -4,6 +4,7 @@ import gc
 import math
 import traceback
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,6 +26,13 @@ class BrokenSink(MemorySink):
 
     def close(self):
         explode()
+
+
+@dataclass(frozen=True)
+class FrozenError(Exception):
+    """An error that nothing can be assigned to."""
+
+    number: int
 
 
 class BrokenRule:
@@ -189,3 +197,16 @@ def test_keyboard_interrupt_is_not_swallowed():
     with pytest.raises(KeyboardInterrupt):
         monitor.step(data(1)[0])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_an_error_that_nothing_can_be_assigned_to(log):
+    class Frozen:
+        name = "frozen"
+
+        def __call__(self, reading):
+            raise FrozenError(1)
+
+    monitor, _, model = watched(metrics=["loss"], alerts=[Frozen()])
+    assert set(monitor.failures) == {"alert frozen"}
+    assert "FrozenError" in "".join(traceback.format_exception(*log[0].exc_info))
+    assert_same_weights(model, trained_alone())

@@ -64,8 +64,8 @@ def said(value: object) -> str:
 
 
 def _differs(values: Sequence[object]) -> bool:
-    """Whether values are not all equal, as 0 and 0.0 are."""
-    return any(value != values[0] for value in values)
+    """Whether values are neither all equal, as 0 and 0.0 are, nor said alike, as NaN is."""
+    return any(value != values[0] for value in values) and len(set(map(said, values))) > 1
 
 
 def _end(run: RunData, name: str) -> float | None:
