@@ -263,6 +263,24 @@ def gradient_snr(H: np.ndarray) -> float:
 
     Coordinates that are 0 for every example are left out; the median of an even number is the mean of the middle two.
     """
+    return _median(_signal_to_noise(H))
+
+
+def gradient_snr_range(H: np.ndarray, rtol: float) -> tuple[float, float]:
+    """Between which values `gradient_snr` may be found: coordinates that cancel but for rounding have any ratio.
+
+    Such are the biases of attention's keys. Where there are none, both are `gradient_snr` but for `rtol`.
+    """
+    largest = np.abs(H).max(0)
+    noise = largest < 1e-12 * largest.max()
+    ratios = _signal_to_noise(H[:, ~noise])
+    lost = int((noise & (largest > 0)).sum())
+    lowest, highest = _median([0.0] * lost + ratios), _median(ratios + [math.inf] * lost)
+    return lowest * (1 - rtol) - 1e-12, highest * (1 + rtol) + 1e-12
+
+
+def _signal_to_noise(H: np.ndarray) -> list[float]:
+    """The ratio of every coordinate that is not 0 for all examples, sorted."""
     B = len(H)
     ratios = []
     for c in range(H.shape[1]):
@@ -272,7 +290,10 @@ def gradient_snr(H: np.ndarray) -> float:
         average = sum(values) / B
         variance = sum((value - average) ** 2 for value in values) / (B - 1)
         ratios.append(average**2 / variance if variance > 0 else math.inf)
-    ratios.sort()
+    return sorted(ratios)
+
+
+def _median(ratios: list[float]) -> float:
     middle = len(ratios) // 2
     return ratios[middle] if len(ratios) % 2 else (ratios[middle - 1] + ratios[middle]) / 2
 
