@@ -39,6 +39,19 @@ def test_a_bad_run_is_called_bad_whatever_its_name():
     assert "Raise the batch size" in verdict.change
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (4.0, "noise_ratio is 4, but only just back within limits (alert if > 10)."),
+        (math.nan, "noise_ratio is nan (alert"),
+    ],
+)
+def test_an_alert_that_is_not_over_yet_says_where_the_number_is_now(value, words):
+    history = told(ILL)
+    history.write([Reading("noise_ratio", value, 99)])
+    assert any(words in reason for reason in judge("run", history).reasons)
+
+
 def test_an_alert_of_severity_info_is_a_note():
     verdict = judge("run", told({**HEALTHY, "noise_ratio": 40.0}))
     assert verdict.level == "note"

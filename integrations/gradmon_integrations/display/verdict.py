@@ -117,8 +117,11 @@ def _firing(history: History) -> list[str]:
         reading = history.newest(metric or "") if alert.layer is None else None
         found = alert.message
         if metric is not None and reading is not None:
-            limit = "; ".join(f"alert if {one}" for one in limits(metric) if one.rule == alert.rule)
-            now = f"{metric} is {number(reading.value)} ({limit})." if limit else alert.message
+            own = [one for one in limits(metric) if one.rule == alert.rule]
+            kept = not math.isnan(reading.value) and not any(one.passed_by(reading.value) for one in own)
+            back = ", but only just back within limits" if kept else ""
+            limit = "; ".join(f"alert if {one}" for one in own)
+            now = f"{metric} is {number(reading.value)}{back} ({limit})." if own else alert.message
             known = known_metrics().get(metric)
             found = f"{now} {OWN.get(metric, '') if known is None else known.meaning}".rstrip()
         more = f" And {len(others)} other{'s' if len(others) > 1 else ''} of this kind." if others else ""
