@@ -20,19 +20,6 @@ from gradmon_integrations.workloads.guessers.passes import Passes
 from gradmon_integrations.workloads.guessers.recording import Site, Structure
 
 
-def convergence(guesses: int, dimensions: int) -> float:
-    """The cosine of an unbiased estimate to the gradient, ``sqrt(n / (n + M))``.
-
-    For n independent normal guesses of M numbers of which one example's gradient consists: the estimate is g plus
-    noise of the squared length ``(M + 1) ||g||^2 / n`` (for large M).
-
-    Args:
-        guesses: n.
-        dimensions: M.
-    """
-    return (guesses / (guesses + dimensions)) ** 0.5
-
-
 def bias_curve(
     model: nn.Module,
     loss: Loss,
