@@ -286,6 +286,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     (["--guesser", "magic"], "must be among"), (["--guesser", "cosine-2"], "must be among"),
+    (["--guesser", "0.3"], "must be among"),
     (["--steps", "0"], "must be a whole number from 1"), (["--lr", "-1"], "must be a positive number"),
     (["--prometheus-port", "70000"], "from 0 to 65535"),
 ])  # fmt: skip

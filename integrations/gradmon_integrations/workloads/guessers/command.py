@@ -147,8 +147,9 @@ def _guessers(text: str) -> dict[str, Guesser]:
         if name in GUESSERS:
             found[name] = GUESSERS[name]
             continue
+        start, rest = name[: len(_MATCHED)], name[len(_MATCHED) :]
         try:
-            found[name] = CosineMatched(float(name.removeprefix(_MATCHED)))
+            found[name] = CosineMatched(float(rest if start == _MATCHED else "nan"))
         except (ValueError, ArgumentError):
             known = f"{', '.join(GUESSERS)}, or {_MATCHED}C with C in (0, 1]"
             raise argparse.ArgumentTypeError(f"must be among {known}. Got {name!r}.") from None
