@@ -316,8 +316,9 @@ class Monitor:
         self._due = self._pacer.due(self._step + 1)
         self.failures.guard("hooks", lambda: self._observer.prepare(self._watch, self._due), None)
         self._pacer.leave(self._observer.listens)
-        # Where nothing can be due for a while, neither the optimizer's hook nor `step` does anything.
-        self._resting = 0 if self.wants_batch or self._lockstep is not None else self._pacer.rest(self._step)
+        # Where nothing can be due for a while, neither the optimizer's hook nor `step` does anything, but at first.
+        awake = self.wants_batch or self._lockstep is not None or self._step == 0
+        self._resting = 0 if awake else self._pacer.rest(self._step)
 
     def flush(self, seconds: float = 60.0) -> bool:
         """Wait until the sinks have taken all that they were given; whether they have, within some seconds."""

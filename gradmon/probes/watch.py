@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -14,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from gradmon._objective import dense
 from gradmon._parameters import Weights, trainable
+
+_LOG = logging.getLogger("gradmon")
 
 Keep = Literal["nothing", "weights", "both"]
 """What to keep of a step: weights, and gradients with them."""
@@ -99,6 +102,11 @@ def _has_other_hooks(parameter: Tensor) -> bool:
     return len(held._backward_hooks or ()) > 1 or bool(getattr(held, "_post_accumulate_grad_hooks", None))
 
 
+def _some_gradient(model: nn.Module) -> tuple[Tensor, int] | None:
+    """The gradient of one trainable parameter, and how often it was written to; None where none has any."""
+    return next(((p.grad, p.grad._version) for p in trainable(model).values() if p.grad is not None), None)
+
+
 def _norm(gradient: Tensor) -> Tensor:
     return cast("Any", gradient).norm()
 
@@ -133,6 +141,7 @@ class StepWatch:
         self._rates: list[Any] = []
         self._early: list[Tensor | None] = []
         self._left: LeftBehind | None = None
+        self._stepped, self._waiting = False, cast("tuple[Tensor, int] | None", None)
         self._optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
@@ -141,6 +150,8 @@ class StepWatch:
         taken, self._taken = self._taken, None
         self._early = []
         self._deafen()
+        self._waiting = None if self._stepped else _some_gradient(self._model)
+        self._stepped = False
         return taken
 
     def complete(self) -> None:
@@ -170,10 +181,12 @@ class StepWatch:
         """Take the hooks off."""
         self._hook.remove()
         self._deafen()
-        self._taken, self._early = None, []
+        self._taken, self._early, self._waiting = None, [], None
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         try:
+            self._stepped = True
+            self._check_order()
             keep = self._wanted()
             if keep == "nothing":
                 self._rates = []
@@ -209,6 +222,16 @@ class StepWatch:
             return value
 
         return ((args[0], watched, *args[2:]), kwargs) if len(args) > 1 else (args, {**kwargs, "closure": watched})
+
+    def _check_order(self) -> None:
+        """Warn of a loop that asked for the step before it took it: no backward pass came in between."""
+        waiting, self._waiting = self._waiting, None
+        now = None if waiting is None else _some_gradient(self._model)
+        if waiting is not None and now is not None and waiting[0] is now[0] and waiting[1] == now[1]:
+            _LOG.warning(
+                "monitor.step was called before optimizer.step: call it right after, or each step is looked at with "
+                "the batch of another."
+            )
 
     def _keep(self, optimizer: Optimizer, keep: Keep, later: bool) -> Taken | None:
         left, self._left = self._left, None

@@ -268,6 +268,27 @@ def test_reading_is_a_plain_tuple():
     assert reading.step == 3
 
 
+@pytest.mark.parametrize("loss", [mse, None])
+@pytest.mark.parametrize("schedule", [every(1), every(50)])
+@pytest.mark.parametrize("order", ["right", "skipped", "wrong"])
+def test_steps_that_are_looked_at_before_they_are_taken_are_warned_of(order, schedule, loss, log):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, loss, schedule=schedule, sinks=[], alerts=[]) as monitor:
+        for number, batch in enumerate(data(4)):
+            optimizer.zero_grad(set_to_none=number % 2 == 0)
+            mse(model, batch).backward()
+            if order == "wrong":
+                monitor.step(batch)
+            if order != "skipped" or number > 1:  # as a gradient scaler does at first
+                optimizer.step()
+            if order != "wrong":
+                monitor.step(batch)
+    warnings = [record.getMessage() for record in log if "before optimizer.step" in record.getMessage()]
+    assert len(warnings) == (order == "wrong")
+    assert not monitor.failures
+
+
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("passive", [False, True])
 def test_a_dead_layer_that_is_frozen_as_its_page_advises_is_told_of_no_more(passive, resume):
