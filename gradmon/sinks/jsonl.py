@@ -204,14 +204,14 @@ def read_runs(path: str | os.PathLike[str]) -> list[RunLog]:
         info: dict[str, Any] = {**log.info, **head.get("info", {})}
         end: dict[str, Any] = head.get("end", {})
         log = log._replace(info=info, succeeded=end.get("succeeded"), ended=end.get("time"))
-        _rewind(log, readings)
+        _rewind(log, readings, alerts)
         log.readings.extend(readings)
         log.alerts.extend(alerts)
         found[key] = log
     return list(found.values())
 
 
-def _rewind(log: RunLog, newer: Sequence[Reading]) -> None:
+def _rewind(log: RunLog, newer: Sequence[Reading], alerts: Sequence[Alert]) -> None:
     """Forget what a run that goes on from an earlier step had said of later ones: that part has been given up."""
     steps = [reading.step for reading in newer if reading.step is not None]
     if steps:
@@ -225,7 +225,30 @@ def _rewind(log: RunLog, newer: Sequence[Reading]) -> None:
             or reading.step < first
             or (reading.step == first and (reading.name, reading.layer) not in anew)
         ]
-        log.alerts[:] = [alert for alert in log.alerts if alert.step is None or alert.step < first]
+        log.alerts[:] = standing(log.alerts, first, alerts)
+
+
+def standing(alerts: Iterable[Alert], first: int, newer: Iterable[Alert]) -> list[Alert]:
+    """What a run that goes on from an earlier step leaves of the alerts before it was interrupted.
+
+    Args:
+        alerts: Those before, in their order.
+        first: The step of its first reading since; it may have been looked at in part before the run was saved.
+        newer: The alerts since, which begin with those that fired when the run was saved.
+
+    Returns:
+        Those before that step, and the ends of such as no longer fired when it was saved.
+    """
+    fired = [alert for alert in newer if alert.state == "firing" and (alert.step is None or alert.step <= first)]
+    still = {(alert.rule, alert.layer) for alert in fired}
+    firing, found = set[tuple[str, str | None]](), list[Alert]()
+    for alert in alerts:
+        key = (alert.rule, alert.layer)
+        ends = alert.state == "resolved" and key in firing and key not in still
+        if alert.step is None or alert.step < first or ends:
+            found.append(alert)
+            (firing.add if alert.state == "firing" else firing.discard)(key)
+    return found
 
 
 _Part = tuple[dict[str, Any], list[Reading], list[Alert]]

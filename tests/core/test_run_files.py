@@ -133,6 +133,32 @@ def test_what_a_resumed_run_gave_up_is_not_its_end(tmp_path):
     assert run.alerts == []
 
 
+def test_alerts_of_a_run_that_was_saved_at_a_step_that_was_looked_at(tmp_path):
+    """Part of that step is looked at again; what had ended then has ended, and what fired then still fires."""
+    over, late, still = (alert(3)._replace(rule=rule) for rule in ("over", "late", "still"))
+    new = alert(4)._replace(rule="new")
+    path = tmp_path / "run.jsonl"
+    for saved, steps in ((False, (3, 4, 5)), (True, (4, 5))):
+        sink = JsonlSink(path)
+        sink.bind("run", 0)
+        for one in (late, still, new) if saved else (over, late, still):
+            sink.alert(one)
+        for step in steps:
+            sink.write([reading(1.0, step)])
+            if step == 4 and not saved:
+                sink.alert(over._replace(step=4, state="resolved"))
+                sink.alert(new)
+        if not saved:
+            sink.alert(late._replace(step=5, state="resolved"))
+        sink.close()
+    (run,) = read_runs(path)
+    firing: list[str] = []
+    for one in run.alerts:
+        firing = [name for name in firing if name != one.rule] + [one.rule] * (one.state == "firing")
+    assert firing == ["late", "still", "new"]
+    assert [(one.rule, one.step) for one in run.alerts if one.state == "resolved"] == [("over", 4)]
+
+
 def test_two_runs_in_one_file_are_told_apart(tmp_path):
     path = tmp_path / "runs.jsonl"
     sinks = {name: JsonlSink(path) for name in ("a", "b")}

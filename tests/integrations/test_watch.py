@@ -218,6 +218,22 @@ def test_a_line_that_was_torn_and_a_run_that_was_resumed(tmp_path):
     assert [alert.rule for alert in run.history.active] == ["ill_conditioned"]
 
 
+def test_alerts_of_a_run_that_was_saved_at_a_step_that_was_looked_at(tmp_path):
+    path = wrote(tmp_path / "a.jsonl", steps=3, alerts=[FIRING, FIRING._replace(step=3, state="resolved"), NONFINITE])
+    sink = JsonlSink(path)
+    sink.bind("mlp", 0)
+    sink.alert(NONFINITE)  # it fires since step 3, after which the run was saved
+    probe(sink, 3)
+    sink.close()
+    (run,) = FileSource(path).read()
+    assert [(alert.rule, alert.state) for alert in run.history.alerts] == [
+        ("ill_conditioned", "firing"),
+        ("ill_conditioned", "resolved"),
+        ("nonfinite", "firing"),
+    ]
+    assert [alert.rule for alert in run.history.active] == ["nonfinite"]
+
+
 def test_several_runs_in_one_file_keep_their_times(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from gradmon._errors import GradmonError
 from gradmon._reading import Alert, Reading
+from gradmon.sinks.jsonl import standing
 from gradmon_integrations.display.history import History
 from gradmon_integrations.display.words import duration
 
@@ -61,6 +62,7 @@ class Watched:
     ended: float | None = None
     lost: str = ""
     resumed: bool = False
+    _since: list[Alert] = field(default_factory=list[Alert])
 
     @property
     def label(self) -> str:
@@ -75,10 +77,13 @@ class Watched:
             if self.resumed and self.step is not None and min(steps) <= self.step:
                 self._rewind(min(steps))
             self.step, self.resumed = max(steps), False
+            self._since.clear()
         if found:
             self.history.write(found)
         for alert in alerts:
             self.history.alert(alert)
+            if self.resumed:
+                self._since.append(alert)
 
     def condition(self, now: float, silence: float) -> tuple[str, bool]:
         """How it is getting on, and whether that is as it should be.
@@ -107,6 +112,6 @@ class Watched:
         before, self.history = self.history, History(_REMEMBERED)
         for readings in before.series.values():
             self.history.write([reading for reading in readings if reading.step is None or reading.step < step])
-        for alert in before.alerts:
-            if alert.step is None or alert.step < step:
-                self.history.alert(alert)
+        earlier = before.alerts[: max(0, len(before.alerts) - len(self._since))]
+        for alert in [*standing(earlier, step, self._since), *self._since]:
+            self.history.alert(alert)
