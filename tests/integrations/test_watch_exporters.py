@@ -4,11 +4,11 @@ import base64
 import http.server
 import re
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
-from gradmon import Alert
+from gradmon import Alert, Reading
 from gradmon._errors import ArgumentError, GradmonError
 from gradmon.metrics import OWN
 from gradmon_integrations.sinks.prometheus import PrometheusSink
@@ -162,3 +162,18 @@ def test_nobody_answers():
 def test_addresses_that_are_none(url):
     with pytest.raises(ArgumentError, match="`SOURCE` must be a file, a directory or an address such as http://"):
         once(url)
+
+
+def test_numbers_that_come_later_under_the_same_step_are_shown():
+    """Those that compare with the next batch are those of the probe before until it has come."""
+    with closing(PrometheusSink(0)) as sink:
+        sink.bind("mlp", 0)
+        source = ExporterSource(sink.url)
+        for step in (5, 10):
+            sink.write([Reading("loss", 1.0 / step, step)])
+            (run,) = source.read()
+            sink.write([Reading("batch_share", step / 20, step)])
+            (run,) = source.read()
+            assert run.history.newest("batch_share") == Reading("batch_share", step / 20, step)
+        assert run.history.values("batch_share") == [0.25, 0.5]
+        assert run.history.values("loss") == [0.2, 0.1]

@@ -98,8 +98,11 @@ def _update(run: Watched, samples: Sequence[Sample]) -> None:
     run.newest = single.get("last_probe_timestamp_seconds") or run.began
     finished = single.get("run_finished") == 1
     run.succeeded, run.ended = (True, run.newest) if finished else (None, None)
+    readings = [Reading(name, value, step) for name, value in values.items()]
     if step is not None and (step != run.step or not run.history.series):
-        run.take([Reading(name, value, step) for name, value in values.items()])
+        run.take(readings)
+    elif step is not None:
+        run.renew(readings)  # what compares with the next batch comes later, under the same step
     firing = {name.removeprefix("alert_") for name, value in single.items() if name.startswith("alert_") and value > 0}
     known = {alert.rule for alert in run.history.active}
     # Of an alert that fires at the first look nobody knows since when.

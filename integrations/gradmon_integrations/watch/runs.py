@@ -85,6 +85,15 @@ class Watched:
             if self.resumed:
                 self._since.append(alert)
 
+    def renew(self, readings: Iterable[Reading]) -> None:
+        """Take what is now said of the newest step, in the place of what was."""
+        for reading in readings:
+            known = self.history.series.get(reading.name)
+            if known and known[-1].step == reading.step:
+                known[-1] = reading
+            else:
+                self.history.write([reading])
+
     def condition(self, now: float, silence: float) -> tuple[str, bool]:
         """How it is getting on, and whether that is as it should be.
 
