@@ -18,7 +18,10 @@ from gradmon_integrations.callbacks._parts import Part, name_of, trained_by
 from gradmon_integrations.callbacks._session import Session
 from tests.trainers.common import CLIP, Reference, batches, flat, momentum, mse, network, series
 
-SEVERAL = "single examples are not looked at in several micro-batches: join=True takes them together"
+SEVERAL = (
+    "single examples are not looked at in several micro-batches: join=True takes them together"
+    " where they are of one shape and their losses add up"
+)
 
 
 def test_a_missing_trainer_says_what_to_install():

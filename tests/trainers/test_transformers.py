@@ -24,6 +24,7 @@ from tests.trainers.transformers_trainings import (
     MARKS,
     VOCABULARY,
     InOrder,
+    Tiny,
     batches,
     hf,
     language_model,
@@ -186,6 +187,29 @@ def test_a_loss_that_ignores_how_many_items_there_are_is_weighed_as_the_trainer_
     sink = MemorySink()
     trainer = trainer_of(tmp_path, kind=Weighted, gradient_accumulation_steps=2, per_device_train_batch_size=4)
     watching.attach(trainer, sinks=sink, schedule=every(1), join=join)
+    trainer.train()
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert len(logged) == 4
+    assert series(sink.readings, "grad_norm") == pytest.approx(logged, rel=1e-6)
+
+
+class Deaf(Tiny):
+    """Takes the mean over its own rows, whatever it is told, as the library's classifiers do."""
+
+    def forward(self, input_ids, labels=None, num_items_in_batch=None, **kwargs):
+        return super().forward(input_ids, labels, **kwargs)
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_model_that_ignores_how_many_items_there_are_is_weighed_as_it_is_trained(watching, tmp_path, attached):
+    sink = MemorySink()
+    seed(7)
+    trainer = trainer_of(tmp_path, model=Deaf().double(), gradient_accumulation_steps=2, per_device_train_batch_size=4)
+    options = {"sinks": sink, "schedule": every(1), "join": True}
+    if attached:
+        watching.attach(trainer, **options)
+    else:
+        trainer.add_callback(watching.GradmonCallback(**options))
     trainer.train()
     logged = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     assert len(logged) == 4

@@ -90,7 +90,10 @@ def _over_parts(loss: Loss, reduction: Reduction, twice: bool, model: nn.Module,
         part = batch.parts[0]
         return part.weight * loss(model, part.batch)
     if isinstance(current_mode(), Capture):
-        raise Unavailable("single examples are not looked at in several micro-batches: join=True takes them together")
+        raise Unavailable(
+            "single examples are not looked at in several micro-batches: join=True takes them together"
+            " where they are of one shape and their losses add up"
+        )
     return (_kept if twice else _at_once)(loss, reduction, model, batch.parts)
 
 

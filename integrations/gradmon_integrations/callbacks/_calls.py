@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 
 from gradmon import Monitor, Unavailable
 from gradmon._batches import map_tensors
-from gradmon._sandbox import quiet_depth
-from gradmon._types import Batch
+from gradmon._sandbox import Sandbox, quiet_depth
+from gradmon._types import Batch, Loss
 
 
 class Call(NamedTuple):
@@ -169,6 +170,27 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(loss, Tensor):
         raise Unavailable("the model returned no loss when it was called again")
     return loss
+
+
+def shares(loss: Loss, model: nn.Module, given: Callable[[Call], Batch], call: Call) -> bool:
+    """Whether a loss that is told how many items the step has is its share of the step's: many do not listen.
+
+    Args:
+        loss: The loss.
+        model: The model.
+        given: What is made of a call, for the loss.
+        call: A call with that number; it is made twice, with one and with twice as many, and leaves no trace.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found: list[float] = []
+    with Sandbox(model, parameters) as sandbox, torch.no_grad():
+        for times in (1, 2):
+            args, kwargs = map_tensors(tuple(call), lambda tensor: tensor.clone())
+            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * times
+            with sandbox.at(parameters):
+                found.append(float(loss(model, given(Call(args, kwargs))).sum()))
+    one, two = found
+    return one != 0 and math.isclose(2 * two, one, rel_tol=1e-4)
 
 
 def _loss_in(output: Any) -> Any:

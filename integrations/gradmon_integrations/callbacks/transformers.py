@@ -14,7 +14,17 @@ import torch
 
 from gradmon import ArgumentError, GradmonError, Monitor
 from gradmon._types import Batch, Loss
-from gradmon_integrations.callbacks._calls import Call, Calls, model_loss, trainer_loss, watch_model, watch_trainer
+from gradmon.team import is_sharded
+from gradmon_integrations.callbacks._accumulation import Kind
+from gradmon_integrations.callbacks._calls import (
+    Call,
+    Calls,
+    model_loss,
+    shares,
+    trainer_loss,
+    watch_model,
+    watch_trainer,
+)
 from gradmon_integrations.callbacks._clipping import watch_clipping
 from gradmon_integrations.callbacks._forwarding import Forwarding
 from gradmon_integrations.callbacks._frameworks import framework
@@ -87,7 +97,9 @@ class GradmonCallback(_Base):
         self._calls: Calls | None = None
         self._numbers: dict[str, float] = {}
         self._end: weakref.finalize[Any, Any] | None = None
-        self._scaled = self._known = False
+        self._shares: Callable[[Call], bool] | None = None
+        self._shared: Kind | None = None
+        self._scaled = False
 
     @property
     def monitor(self) -> Monitor:
@@ -125,9 +137,10 @@ class GradmonCallback(_Base):
         self._session, self._calls = session, Calls(session.monitor)
         self._end = weakref.finalize(self, abandoned, session)
         own = trainer is not None and self._loss == "trainer"
-        # Whether a loss uses the number of items that it is given, is known only of those of the library.
-        library = getattr(type(trainer), "compute_loss", None) is _TRANSFORMERS.Trainer.compute_loss
-        self._known = library or not own
+        self._shares = self._shared = None
+        several = args.gradient_accumulation_steps > 1
+        if self._join and loss is not None and several and not is_sharded(model):
+            self._shares = functools.partial(shares, loss, model, self._given)
         session.exit.callback(watch_trainer(trainer, self._calls) if own else watch_model(model, self._calls))
         if loss is None and not self._scaled:
             session.exit.callback(watch_clipping(model, session.monitor))
@@ -154,7 +167,7 @@ class GradmonCallback(_Base):
                 raise GradmonError(f"The model was called {len(made)} times for one batch: use attach(trainer).")
             call, weight = made[-1].call, made[-1].weight
             share = call.kwargs.get("num_items_in_batch") is not None
-            kind = "mean" if not share else "share" if self._known else "unknown"
+            kind = self._share(call) if share else "mean"
             if self._loss == "trainer" and weight is None:
                 raise GradmonError(
                     "The loss that is trained is not the one that the model returns: use attach(trainer), or `loss`."
@@ -165,6 +178,13 @@ class GradmonCallback(_Base):
             session.add(self._given(call), found, kind)
         except Exception as error:
             session.monitor.failures.note("batch", error)
+
+    def _share(self, call: Call) -> Kind:
+        """What the loss of a micro-batch is that is told how many items the step has; found out where it matters."""
+        if self._shared is None and self._shares is not None and self._session is not None:
+            shares = functools.partial(self._shares, call)
+            self._shared = "share" if self._session.monitor.failures.guard("join", shares, False) else "unknown"
+        return self._shared or "unknown"
 
     def _given(self, call: Call) -> Batch:
         """A call as the loss takes it."""
@@ -211,6 +231,7 @@ class GradmonCallback(_Base):
         if self._end is not None:
             self._end.detach()
             self._end = None
+        self._shares = None
         if self._session is not None:
             self._session.close(error)
 
