@@ -44,7 +44,8 @@ class Notices:
         self._told: dict[_Key, float] = {}
         self._firing: dict[_Key, Alert] = {}
         self._known: set[_Key] = set()
-        self._over: list[Alert] = []
+        self._over: dict[_Key, Alert] = {}
+        self._refused: dict[_Key, float] = {}
         self.run, self.rank = "run", 0
 
     def take(self, alert: Alert) -> None:
@@ -54,12 +55,15 @@ class Notices:
         key = (alert.rule, alert.layer)
         if alert.state == "firing":
             self._firing[key] = alert
+            if self._over.pop(key, None) is not None:  # nobody was told that it had resolved
+                self._known.add(key)
             return
         self._firing.pop(key, None)
         if key in self._known:
             self._known.discard(key)
             if self._resolved:
-                self._over.append(alert)
+                self._over[key] = alert
+                self._refused.pop(key, None)
 
     def deliver(self, send: Callable[[Alert], None]) -> None:
         """Send what is due; where a message is not accepted, there is another attempt after the pause.
@@ -76,6 +80,9 @@ class Notices:
                 send(alert)
             except GradmonError as failure:
                 error = failure
+                if alert.state == "resolved":
+                    key = (alert.rule, alert.layer)
+                    self._over[key], self._refused[key] = alert, time.monotonic()
             else:
                 if alert.state == "firing":
                     self._known.add((alert.rule, alert.layer))
@@ -83,8 +90,9 @@ class Notices:
             raise error
 
     def _due(self) -> list[Alert]:
-        over, self._over = self._over, []
         now, found = time.monotonic(), list[Alert]()
+        ready = [key for key in self._over if now - self._refused.get(key, -math.inf) >= self._pause]
+        over = [self._over.pop(key) for key in ready]
         for key, alert in self._firing.items():
             if key not in self._known and now - self._told.get(key, -math.inf) >= self._pause:
                 self._told[key] = now

@@ -1,5 +1,6 @@
 """Alerts by webhook and by e-mail, to real servers on this machine."""
 
+import contextlib
 import json
 import logging
 import math
@@ -148,6 +149,32 @@ def test_a_message_that_was_not_taken_is_sent_again(receiver, monkeypatch):
     sink.write([])
     sink.alert(alert("resolved"))
     assert [body["state"] for body in receiver.bodies] == ["firing", "firing", "resolved"]
+
+
+def test_the_end_of_an_alert_that_was_not_taken_is_sent_again_unless_it_fires_again(receiver, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("gradmon.sinks._notice.time.monotonic", lambda: clock[0])
+    receiver.answers = [200, 404, 404]
+    sink = WebhookSink(receiver.url, pause=60.0)
+    for one in (alert(), alert("resolved")):
+        with contextlib.suppress(GradmonError):
+            sink.alert(one)
+    sink.write([])
+    assert len(receiver.bodies) == 2
+    clock[0] += 61.0
+    with pytest.raises(GradmonError, match="did not take the alert"):
+        sink.write([])
+    sink.alert(alert())  # as they think who were told
+    clock[0] += 61.0
+    sink.write([])
+    assert len(receiver.bodies) == 3
+    receiver.answers = [404]
+    with pytest.raises(GradmonError, match="did not take the alert"):
+        sink.alert(alert("resolved"))
+    clock[0] += 61.0
+    sink.write([])
+    sink.write([])
+    assert [body["state"] for body in receiver.bodies] == ["firing", *["resolved"] * 4]
 
 
 def test_a_redirect_is_not_followed(receiver):
