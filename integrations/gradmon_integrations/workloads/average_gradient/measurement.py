@@ -84,7 +84,7 @@ class Measurement:
 
 
 def relative_difference_metric(optimizer: Measured) -> Metric:
-    """RD over the steps since the reading before, for ``Monitor(metrics=["default", ...])``.
+    """RD over the steps since the reading before, for ``Monitor(metrics=["step_ratio", ...])``.
 
     Args:
         optimizer: An `AverageGradient` with ``measure=True``.
