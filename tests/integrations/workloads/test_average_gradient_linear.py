@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.optim import Optimizer
 
+from gradmon._errors import GradmonError
 from gradmon_integrations.workloads.average_gradient import AverageGradient
 from tests.integrations.workloads.average_models import assert_same, batch, closure_of, state_of
 
@@ -91,3 +92,20 @@ def test_the_base_optimizers_state_sees_the_ordinary_gradient_once(name: str) ->
         assert base.state[a].keys() == inner.state[b].keys()
         for key, value in base.state[a].items():
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(inner.state[b][key]))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_midpoints_of_half_precision_are_refused(autocast: bool) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    model, x = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype), torch.randn(8, 5, dtype=dtype)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return model(x).float().square().mean()
+
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.1), linear="midpoint")
+    with pytest.raises(GradmonError, match=r"The Jacobians of linear need float32 or float64. Got torch.bfloat16"):
+        optimizer.step(loss)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

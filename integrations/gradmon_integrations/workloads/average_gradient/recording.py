@@ -16,7 +16,7 @@ from gradmon_integrations.workloads.average_gradient.slopes import Form
 from gradmon_integrations.workloads.average_gradient.watching import Table
 
 _HALF_WHY = (
-    "The slopes of {name} need float32 or float64. Got {dtype}: its rounding would hide most of the change that a step "
+    "The {what} of {name} need float32 or float64. Got {dtype}: its rounding would hide most of the change that a step "
     "makes. Leave autocast and half precision to the base optimizer."
 )
 _CONSTANT_WHY = (
@@ -105,6 +105,9 @@ class Recorder:
 
         Returns:
             What the call returns.
+
+        Raises:
+            GradmonError: Its Jacobians are wanted in the middle of the step, and its output is too coarse.
         """
         x, weight = operands(args, kwargs)
         call = Call(form, None, None, weight)
@@ -124,7 +127,10 @@ class Recorder:
             return function(*args, **kwargs)
         named = {name: value for name, value in kwargs.items() if name not in ("input", "weight")}
         call.middle = Midpoint(function, list(args[2:]), named)
-        return call.middle.call(x, weight)
+        z = call.middle.call(x, weight)
+        if z.dtype is not torch.float32 and z.dtype is not torch.float64:
+            raise GradmonError(_HALF_WHY.format(what="Jacobians", name=form.name, dtype=z.dtype))
+        return z
 
     def nonlinear(self, form: Form, function: Any, x: Tensor, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Note a call of a function whose derivative is averaged.
@@ -150,7 +156,7 @@ class Recorder:
             return function(x, *rest, **kwargs)
         dtype = x.dtype
         if dtype is not torch.float32 and dtype is not torch.float64:
-            raise GradmonError(_HALF_WHY.format(name=form.name, dtype=dtype))
+            raise GradmonError(_HALF_WHY.format(what="slopes", name=form.name, dtype=dtype))
         if form.apart is None and not kwargs.get("inplace"):
             y = self._traced(call, form, function, x, rest, kwargs)
             if self.copying:
