@@ -68,6 +68,10 @@ def turned_dropout(model: Net, x: Tensor) -> Tensor:
     return F.dropout(torch.tanh(model.a(z)).transpose(0, 1), 0.5, model.training).mean(1)
 
 
+def rows_of(model: Net, x: Tensor) -> Tensor:
+    return torch.tanh(model.a((x.abs() * 2).long().clamp(max=3))).sum(1)
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "no_grad": lambda: Net(constant_branch),
     "in place under no_grad": lambda: Net(constant_slice),
@@ -80,6 +84,8 @@ CASES: dict[str, Callable[[], nn.Module]] = {
         nn.Flatten(),
         nn.Linear(6, 3),
     ),
+    "padding": lambda: Net(rows_of, nn.Embedding(4, 6, padding_idx=1)),
+    "padding from the end": lambda: Net(rows_of, nn.Embedding(4, 6, padding_idx=-1)),
     "bilinear": lambda: Net(lambda m, x: m.a(x, x), nn.Bilinear(5, 5, 6)),  # type: ignore[operator]
 }
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
 from torch.utils._pytree import tree_map_only
 
 from gradmon._errors import ArgumentError
@@ -247,5 +248,18 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.linalg.vector_norm(v, dim=rest, keepdim=True))
 
 
-_STAND_INS: dict[Any, Callable[..., Any]] = {torch._weight_norm: _weight_norm}  # pyright: ignore[reportPrivateImportUsage]
-"""For functions of torch that have no forward-mode derivative, the same in others that have one."""
+def _embedding(input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Rows of a table; no gradient reaches that of padding, and so no tangent leaves it."""
+    found = F.embedding(input, weight, padding_idx, *args, **kwargs)
+    rows, tangent = forward_ad.unpack_dual(found)
+    if padding_idx is None or tangent is None:
+        return found
+    padding = (input == padding_idx % len(weight)).unsqueeze(-1)
+    return forward_ad.make_dual(rows, tangent.masked_fill(padding, 0))
+
+
+_STAND_INS: dict[Any, Callable[..., Any]] = {
+    torch._weight_norm: _weight_norm,  # pyright: ignore[reportPrivateImportUsage]
+    F.embedding: _embedding,
+}
+"""For functions of torch whose forward-mode derivative is missing, or not what backpropagation takes."""
