@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -296,3 +297,32 @@ def test_a_finite_slope_takes_the_place_of_an_infinite_derivative(rows: int) -> 
     optimizer.step(lambda: (torch.sqrt(data + bias) - targets).square().sum())
     # One row of -2 times the slope 10, and all others of 2 times about 1/4: SGD alone goes the other way.
     torch.testing.assert_close(bias.detach(), torch.full((60,), -0.01))
+
+
+class Bounded(nn.Module):
+    """Each call scales rows of its table down, for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.last = nn.Embedding(9, 6, max_norm=1.0), nn.Linear(6, 6), nn.Linear(6, 9)
+        self.last.weight = self.table.weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.inner(self.table(rows).mean(1))))
+
+
+@pytest.mark.parametrize("iterations", [2, 3])
+@pytest.mark.parametrize("measure", [False, True])
+def test_steps_keep_their_lengths_where_the_closure_writes_to_weights(iterations: int, measure: bool) -> None:
+    torch.manual_seed(0)
+    model, rows, targets = Bounded().double(), torch.randint(9, (8, 5)), torch.randint(9, (8,))
+    optimizer = AverageGradient(torch.optim.SGD(model.parameters(), lr=0.5), iterations=iterations, measure=measure)
+    for _ in range(3):
+        model(rows)
+        twin = copy.deepcopy(model)
+        before = [p.detach().clone() for p in twin.parameters()]
+        F.cross_entropy(twin(rows), targets).backward()
+        torch.optim.SGD(twin.parameters(), lr=0.5).step()
+        optimizer.step(lambda: F.cross_entropy(model(rows), targets))
+        for start, base, found in zip(before, twin.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close((found - start).abs(), (base - start).abs(), rtol=1e-9, atol=1e-12)

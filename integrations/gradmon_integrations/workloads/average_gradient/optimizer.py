@@ -133,7 +133,7 @@ class AverageGradient(Optimizer):
         self._buffers = Buffers()
         self._candidate: Candidate | None = None
         self._known: set[tuple[Any, ...]] = set()
-        self._explore, self._copying, self._all_random = True, False, True
+        self._explore, self._copying, self._all_random, self._writing = True, False, True, False
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -180,7 +180,10 @@ class AverageGradient(Optimizer):
         try:
             for parameter in parameters:
                 parameter.grad = None
+            versions = [parameter._version for parameter in parameters] if explored else None
             loss = self._forward(closure, recorder, explored)
+            if versions is not None:
+                self._writing = versions != [parameter._version for parameter in parameters]
             if any(parameter.grad is not None for parameter in parameters):
                 raise ArgumentError("closure", _RETURNS, "one that ran a backward pass")
             averaged = [call for call in recorder.calls if call.averaged]
@@ -290,7 +293,7 @@ class AverageGradient(Optimizer):
         losses, origin = list[Tensor](), candidate.origin
         point: Sequence[Tensor] = origin
         for left in range(self.iterations - 2, -1, -1):
-            losses.append(averaging.replay())
+            losses.append(self._replayed(averaging, active))
             place(active, origin)
             final = not (left or self.measure)
             point = candidate.aim(last=final)
@@ -298,10 +301,20 @@ class AverageGradient(Optimizer):
             if not final:
                 place(active, point)
         if self.measure:
-            losses.append(averaging.replay())
+            losses.append(self._replayed(averaging, active))
             place(active, origin)
             self.measurement.add(*(float(loss.detach()) for loss in (averaging.loss, losses[0], losses[-1])))
         copy_all(origin, point)
+
+    def _replayed(self, averaging: Averaging, active: Sequence[Tensor]) -> Tensor:
+        """The loss at the weights in place, which stay as they are, even if the closure writes to them."""
+        if not self._writing:
+            return averaging.replay()
+        held = [parameter.clone() for parameter in active]
+        with cast("Any", torch.autograd)._unsafe_preserve_version_counter(tuple(active)):
+            loss = averaging.replay()
+            copy_all(active, held)
+        return loss
 
     def _ascending(self, active: Sequence[Tensor]) -> list[int]:
         """The places of the parameters that are stepped along their gradients."""
