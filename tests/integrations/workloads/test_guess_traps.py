@@ -246,3 +246,13 @@ def test_the_last_layer_is_the_last_to_be_called() -> None:
         model, each, batch, WeightTranspose(), guesses=2, exact_last=True, generator=torch.Generator()
     )
     assert curve[2] == pytest.approx(cosines(estimate, true_gradient(model, each, batch)).layers["stem"])
+
+
+@pytest.mark.parametrize("guesser", [DirectionalDescent(), Downstream(1)], ids=repr)
+def test_a_table_whose_rows_are_scaled_down_is_left_as_it_was(guesser: Guesser) -> None:
+    torch.manual_seed(0)
+    model, batch = make(Net(rows_of, nn.Embedding(4, 6, max_norm=1.0)))
+    before = copy.deepcopy(model.state_dict())
+    estimate_gradient(model, each, batch, guesser)
+    true_gradient(model, each, batch)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -96,6 +96,8 @@ class Passes:
         self._exit.close()
         if self._ran and (kind is not None or not self.settle):
             self._rewind()
+            for held, value in self._tables:
+                held.copy_(value)
             if self._modules is not None:
                 self._modules.restore()
 
@@ -114,6 +116,9 @@ class Passes:
         # Attributes are put back once; between passes only what a pass of an ordinary model depends on.
         self._modules = None if self.settle else ModuleState(modules, around.values, around.bindings)
         self._buffers = [(held, held.clone()) for module in modules for held in module.buffers()]
+        # Rows of these are scaled down in place by a forward pass.
+        tables = [] if self.settle else [part for module in modules for part in module.modules() if _bounded(part)]
+        self._tables = [(part.weight.data, part.weight.detach().clone()) for part in tables]
 
     def _rewind(self) -> None:
         for held, value in self._buffers:
@@ -270,6 +275,11 @@ class Passes:
             value = self.run()
         visitor.finish()
         return value
+
+
+def _bounded(module: nn.Module) -> TypeGuard[nn.Embedding | nn.EmbeddingBag]:
+    """Whether it is a table whose rows have a largest norm."""
+    return isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
 
 
 class _Closed:
