@@ -119,12 +119,12 @@ class Repeated:
         the former, which would be counted twice.
         """
         arrived = list(self._part.arrived)
-        waiting = [at for at, flow in enumerate(arrived) if flow is not None]
+        waiting = [at for at, flow in enumerate(arrived) if flow is not None and self._outputs[at].requires_grad]
         above: dict[int, set[int]] = {at: set() for at in waiting}
         for a in waiting:
             for b in waiting:
                 grad: Any = torch.autograd.grad
-                if a != b and self._outputs[a].grad_fn is not None:
+                if a != b:
                     seed = torch.ones_like(self._outputs[a])
                     if (
                         grad(self._outputs[a], self._outputs[b], seed, retain_graph=True, allow_unused=True)[0]
@@ -150,7 +150,7 @@ class Repeated:
         part.check()
         outputs, seeds = list[Tensor](), list[Tensor]()
         for output, owner, flow in zip(self._outputs, part.planned.outputs, part.arrived, strict=True):
-            if flow is None:
+            if flow is None or not output.requires_grad:  # made of activations alone
                 continue
             if example is not None and isinstance(owner, Rows):
                 flow = owner.alone(flow, example, part.examples)

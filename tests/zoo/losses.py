@@ -180,3 +180,14 @@ def parameters_used_in_the_loss() -> Problem:
 
     model = net(None, body=nn.Linear(3, 4), last=normal(3, 4), scale=normal(3))
     return averaged_problem(model, loss, (torch.randn(4, 3), torch.randint(3, (4,))))
+
+
+@case()
+def spread_that_is_a_parameter() -> Problem:
+    def forward(m: Any, x: Tensor, action: Tensor) -> Tensor:
+        policy = torch.distributions.Normal(m.head(torch.tanh(m.body(x))), m.spread.exp())
+        return policy.log_prob(action).sum(-1)
+
+    model = net(forward, body=nn.Linear(3, 4), head=nn.Linear(4, 2), spread=normal(2))
+    batch = (torch.randn(4, 3), torch.randn(4, 2))
+    return averaged_problem(model, lambda model, batch: -model(*batch).mean(), batch)
