@@ -25,7 +25,7 @@ from gradmon._batches import map_tensors, tensors
 from gradmon._sandbox import quiet_depth
 from gradmon.per_example._autograd import version
 from gradmon.per_example.calls import Surroundings, Tape, in_place, name_of, results
-from gradmon.per_example.deciding import decided
+from gradmon.per_example.deciding import NOTHING, Decided, decided
 
 _METADATA_ONLY = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
 """Calls that read only shape, type or device of their further arguments."""
@@ -62,7 +62,7 @@ class Use:
         origins: The positions in the batch of the tensors that went into it.
         around: What it takes to make the call again.
         ragged: Whether the number of its rows may depend on the contents of the batch.
-        decided: Among how many things the batch has chosen before.
+        decided: What the batch has chosen before.
     """
 
     func: Callable[..., Any]
@@ -79,7 +79,7 @@ class Use:
     origins: frozenset[int]
     around: Surroundings
     ragged: bool = False
-    decided: int = 0
+    decided: Decided = NOTHING
 
     @property
     def name(self) -> str:
@@ -150,7 +150,7 @@ class Capture(TorchFunctionMode):
     entered: Callable[[Tensor], None] | None = field(default=None, init=False)
     off: bool = field(default=False, init=False)
     counted: bool = field(default=False, init=False)
-    decided: int = field(default=0, init=False)
+    decided: Decided = field(default=NOTHING, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Capture(TorchFunctionMode):
         if self._whole is not None and not self.off and quiet_depth() <= self._depth:
             held = [t for argument in args for t in _in(argument)]
             self._inside = self._inside or name in _COUNTING or self._is_ragged(name, args, held)
-            self.decided += decided(name, args, kwargs)
+            self.decided = self.decided.then(decided(name, args, kwargs))
         if name.startswith(_CONSTANT) or self._whole is not None or self.off or quiet_depth() > self._depth:
             return func(*args, **kwargs)
         if func in _COMPOSITE and (opened := _opened(func)) is not None:
@@ -243,7 +243,8 @@ class Capture(TorchFunctionMode):
             active = active or args[0].shape[0] == self.examples
         ragged = self._is_ragged(name, args, given)
         if active:
-            self.decided += decided(name, args, kwargs, lambda tensor: self._origins(tensor) is not None)
+            among = decided(name, args, kwargs, lambda tensor: self._origins(tensor) is not None)
+            self.decided = self.decided.then(among)
         if made and active:
             result = self._use(func, name, args, kwargs, made, origins, ragged)
         elif made:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,26 @@ _ALONG = {"sort": 1, "argsort": 1, "cumsum": 1, "topk": 2, "index_select": 1, "g
           "index_add": 1, "index_add_": 1, "index_copy": 1, "index_copy_": 1, "index_reduce_": 1}  # fmt: skip
 """Calls that move things along one dimension, and the position of the argument that says along which."""
 _PICKING = frozenset({"__getitem__", "__setitem__", "index"})
+
+
+class Decided(NamedTuple):
+    """What the batch has chosen so far.
+
+    Attributes:
+        among: Among how many things.
+        calls: In how many calls.
+    """
+
+    among: int = 0
+    calls: int = 0
+
+    def then(self, among: int) -> Decided:
+        """After one more call; it chose nothing if `among` is 0."""
+        return Decided(self.among + among, self.calls + 1) if among else self
+
+
+NOTHING = Decided()
+"""Before the first call."""
 
 
 def decided(

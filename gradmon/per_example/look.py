@@ -21,6 +21,7 @@ from gradmon._errors import GradmonError, Unavailable
 from gradmon._tensors import length, wide
 from gradmon._types import Batch
 from gradmon.per_example.capture import Use
+from gradmon.per_example.deciding import NOTHING, Decided
 from gradmon.per_example.rows import Course, Ownership, Planned, Rows, Spread, Unknown
 from gradmon.per_example.still import Still
 
@@ -37,7 +38,7 @@ class Seen:
         made: Copies of its sources that are made of parameters by other calls.
         additive: Whether it only adds.
         ragged: Whether the number of its rows may depend on the contents of the batch.
-        decided: Among how many things the batch has chosen before.
+        decided: What the batch has chosen before.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Seen:
     made: list[Tensor]
     additive: bool = False
     ragged: bool = False
-    decided: int = 0
+    decided: Decided = NOTHING
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -159,8 +160,8 @@ def _looked_at(run: Run, batch: Batch, index: Tensor, dim: int, *, few: bool = F
 def _chosen(looked: list[Seen], other: list[Seen] | None) -> list[bool]:
     """At which uses the order of the rows may depend on what the batch holds."""
     if other is None:
-        return [use.decided > 0 for use in looked]
-    return [use.decided != more.decided for use, more in zip(looked, other, strict=True)]
+        return [use.decided.among > 0 for use in looked]
+    return [use.decided.among != more.decided.among for use, more in zip(looked, other, strict=True)]
 
 
 def _check_turned(run: Run, batch: Batch, replaced: Batch, looked: list[Seen], owners: list[list[Ownership]]) -> None:
@@ -224,12 +225,19 @@ def _compare(
 
 
 def _course(uses: list[Seen], owners: list[list[Ownership]], chosen: Sequence[bool] = ()) -> Course:
+    first = next((place for place, moves in enumerate(chosen) if moves), None)
+    sure = len(chosen) if first is None else first
     planned = [
-        Planned(use.name, use.positions, own[: use.outputs], own[use.outputs :])
-        for use, own in zip(uses, owners, strict=True)
+        Planned(
+            name=use.name,
+            positions=use.positions,
+            outputs=own[: use.outputs],
+            activations=own[use.outputs :],
+            choices=use.decided.calls if place < sure else None,
+        )
+        for place, (use, own) in enumerate(zip(uses, owners, strict=True))
     ]
     entered = bool(uses) and uses[-1].name == "x" and not uses[-1].positions
-    first = next((place for place, moves in enumerate(chosen) if moves), None)
     return Course(planned[:-1], owners[-1][0], first) if entered else Course(planned, chosen=first)
 
 

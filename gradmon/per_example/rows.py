@@ -90,12 +90,14 @@ class Planned:
         positions: For each source the positions of the parameters it is made of.
         outputs: The ownership of each output.
         activations: The ownership of each activation.
+        choices: In how many calls the batch may have chosen something before; None for any number.
     """
 
     name: str
     positions: list[tuple[int, ...]]
     outputs: list[Ownership]
     activations: list[Ownership]
+    choices: int | None = None
 
     def fits(self, use: Use) -> bool:
         """Whether a use is the expected one."""
@@ -104,6 +106,7 @@ class Planned:
             and self.positions == use.positions
             and len(self.outputs) == len(use.outputs)
             and len(self.activations) == len(use.activations)
+            and (self.choices is None or use.decided.calls <= self.choices)  # one more may choose the rows' order
         )
 
 

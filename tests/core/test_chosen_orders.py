@@ -92,6 +92,31 @@ def test_a_batch_in_order_says_nothing_of_the_next(name, passive):
                 assert set(reasons.values()) <= {None, "no signal above the noise"}
 
 
+def in_order_where_it_is_not(m, x, key):
+    """Sorts only what is not sorted."""
+    sorts = bool((key[1:] < key[:-1]).any())
+    places = key.argsort(stable=True) if sorts else slice(None)
+    found = m.body(torch.tanh(m.stem(x))[places])
+    back = torch.empty_like(found)
+    back[places] = found
+    return m.head(torch.tanh(back))
+
+
+@pytest.mark.parametrize("passive", [False, True])
+def test_a_batch_that_need_not_be_sorted_says_nothing_of_the_next(passive):
+    model = net(in_order_where_it_is_not, stem=nn.Linear(4, 5), body=nn.Linear(5, 5), head=nn.Linear(5, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, None if passive else mse, metrics=METRICS, schedule=every(1), mask=None) as monitor:
+        for keys in ([1] * SIZE, [1] * SIZE, KEYS, KEYS):
+            optimizer.zero_grad()
+            mse(model, batch(keys)).backward()
+            optimizer.step()
+            monitor.step(batch(keys))
+            reasons = {monitor.readings[name].reason for name in METRICS}
+            assert reasons <= {None, "no signal above the noise"} if keys != KEYS else None not in reasons
+    assert all(reason is not None and REASON in reason for reason in reasons)
+
+
 def test_tokens_of_which_there_are_as_many_as_examples_are_not_taken_for_these():
     def loss(model, batch):
         return model.head(torch.tanh(model.stem(batch[0]))[batch[1]]).square().sum()
