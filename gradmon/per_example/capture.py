@@ -25,7 +25,7 @@ from gradmon._batches import map_tensors, tensors
 from gradmon._sandbox import quiet_depth
 from gradmon.per_example._autograd import version
 from gradmon.per_example.calls import Surroundings, Tape, in_place, name_of, results
-from gradmon.per_example.deciding import NOTHING, Decided, decided
+from gradmon.per_example.deciding import NOTHING, Decided, decided, repeats_evenly
 
 _METADATA_ONLY = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
 """Calls that read only shape, type or device of their further arguments."""
@@ -170,7 +170,7 @@ class Capture(TorchFunctionMode):
         sizes = {tensor.shape[d] for d in (0, self.dim) if d < tensor.ndim}
         return self.examples < 2 or any(size % self.examples == 0 for size in sizes)
 
-    def _is_ragged(self, name: str, args: tuple[Any, ...], given: Sequence[Tensor]) -> bool:
+    def _is_ragged(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> bool:
         """Whether a call's results may have other numbers of rows for other contents of the batch."""
         if name in _COUNTING and any(self._origins(tensor) is not None for tensor in given):
             self.counted = True  # from here on a number of the batch may be the size of anything
@@ -180,7 +180,7 @@ class Capture(TorchFunctionMode):
         return (
             self.counted
             or picked
-            or name in _RAGGED
+            or (name in _RAGGED and not repeats_evenly(name, args, kwargs))
             or (name == "where" and len(args) == 1)
             or any((held := self._ragged.get(id(t))) is not None and held() is t for t in given)
         )
@@ -201,7 +201,7 @@ class Capture(TorchFunctionMode):
         name = name_of(func)
         if self._whole is not None and not self.off and quiet_depth() <= self._depth:
             held = [t for argument in args for t in _in(argument)]
-            self._inside = self._inside or name in _COUNTING or self._is_ragged(name, args, held)
+            self._inside = self._inside or name in _COUNTING or self._is_ragged(name, args, kwargs, held)
             self.decided = self.decided.then(decided(name, args, kwargs))
         if name.startswith(_CONSTANT) or self._whole is not None or self.off or quiet_depth() > self._depth:
             return func(*args, **kwargs)
@@ -241,7 +241,7 @@ class Capture(TorchFunctionMode):
         if func in _LOOK_UPS and made and args and isinstance(args[0], Tensor) and args[0].ndim > 1:
             # Positions that are laid out for every example are not of the batch, but have its rows.
             active = active or args[0].shape[0] == self.examples
-        ragged = self._is_ragged(name, args, given)
+        ragged = self._is_ragged(name, args, kwargs, given)
         if active:
             among = decided(name, args, kwargs, lambda tensor: self._origins(tensor) is not None)
             self.decided = self.decided.then(among)
@@ -336,7 +336,7 @@ class Capture(TorchFunctionMode):
         given = list(tensors((args, kwargs)))
         origins = frozenset[int]().union(*(o for t in given if (o := self._origins(t)) is not None))
         use = self._begun(module, args, kwargs, made, origins) if made else None
-        self._inside = self._is_ragged("", (), given)
+        self._inside = self._is_ragged("", (), {}, given)
         self._whole = module, use
 
     def end(self, module: nn.Module, output: Any) -> None:

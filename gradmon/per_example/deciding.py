@@ -41,6 +41,11 @@ NOTHING = Decided()
 """Before the first call."""
 
 
+def repeats_evenly(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call repeats everything as often, and not as often as a tensor says."""
+    return name == "repeat_interleave" and isinstance(kwargs.get("repeats", args[1] if len(args) > 1 else None), int)
+
+
 def decided(
     name: str, args: tuple[Any, ...], kwargs: dict[str, Any], of_batch: Callable[[Tensor], bool] = lambda tensor: True
 ) -> int:
@@ -57,6 +62,8 @@ def decided(
     if name in _PICKING:
         return _picked(args, of_batch)
     if name not in _READ and name not in _WHOLE and name not in _ALONG and name != "where":
+        return 0
+    if repeats_evenly(name, args, kwargs):
         return 0
     if not any(of_batch(tensor) for tensor in tensors((args, kwargs))):
         return 0

@@ -130,3 +130,13 @@ def rms_norm_functional() -> Problem:
 
     parts = {"body": nn.Linear(3, 4), "gain": normal(4), "norm": nn.LayerNorm(4), "head": nn.Linear(4, 4)}
     return classifier(net(forward, **parts), torch.randn(4, 4, 3), 4)
+
+
+@case()
+def rows_repeated_for_each_example() -> Problem:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        draws = torch.tanh(m.body(x)).repeat_interleave(2, dim=0) * m.scales.repeat(len(x), 1)
+        return m.head(draws).view(len(x), 2, 3).mean(1)
+
+    model = net(forward, body=nn.Linear(4, 5), scales=normal(2, 5), head=nn.Linear(5, 3))
+    return classifier(model, torch.randn(4, 4), 3)
