@@ -136,7 +136,7 @@ class PerExample:
         capture = Capture(
             self._objective.weights.parameters, inputs, note, example_count(batch), entry=entry, delta=delta
         )
-        capture.counted = holds_counts(batch, capture.examples)
+        capture.counted = capture.listed = holds_counts(batch, capture.examples)
         if recording is not None:
             recording.tape = capture.tape
         with contextlib.ExitStack() as stack:

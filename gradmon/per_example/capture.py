@@ -150,6 +150,7 @@ class Capture(TorchFunctionMode):
     entered: Callable[[Tensor], None] | None = field(default=None, init=False)
     off: bool = field(default=False, init=False)
     counted: bool = field(default=False, init=False)
+    listed: bool = field(default=False, init=False)
     decided: Decided = field(default=NOTHING, init=False)
 
     def __post_init__(self) -> None:
@@ -243,7 +244,8 @@ class Capture(TorchFunctionMode):
             active = active or args[0].shape[0] == self.examples
         ragged = self._is_ragged(name, args, kwargs, given)
         if active:
-            among = decided(name, args, kwargs, lambda tensor: self._origins(tensor) is not None)
+            # Where the batch lists plain numbers, any index may be made of them.
+            among = decided(name, args, kwargs, lambda t: self.listed or self._origins(t) is not None)
             self.decided = self.decided.then(among)
         if made and active:
             result = self._use(func, name, args, kwargs, made, origins, ragged)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from gradmon._batches import example_count, map_tensors, tensors
+from gradmon._batches import example_count, holds_counts, map_tensors, tensors
 from gradmon._errors import GradmonError, Unavailable, told
 from gradmon._parameters import Weights
 from gradmon._sandbox import Sandbox
@@ -105,6 +105,7 @@ class Courses:
                     tell(Seen.of(use))
 
                 capture = Capture(weights.parameters, inputs, note, count, self._dim, entry)
+                capture.listed = holds_counts((args, kwargs), count)
                 if entry is not None and entry.position is not None:
                     given = inputs[entry.position]
                     x = capture.enter(given, frozenset({entry.position}))

@@ -351,7 +351,7 @@ class Listener:
         replaced: list[tuple[Tensor, Tensor, int]] = []
         inputs = list(tensors(batch))
         capture = Capture(recorder.weights.parameters, inputs, recording.note, examples, self._dim, entry)
-        capture.counted = holds_counts(batch, examples)
+        capture.counted = capture.listed = holds_counts(batch, examples)
         recording.tape = capture.tape
         capture.entered = lambda x: recorder.enter(recording, x)
         if entry is not None and entry.position is not None:

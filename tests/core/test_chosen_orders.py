@@ -117,6 +117,27 @@ def test_a_batch_that_need_not_be_sorted_says_nothing_of_the_next(passive):
     assert all(reason is not None and REASON in reason for reason in reasons)
 
 
+@pytest.mark.parametrize("passive", [False, True])
+def test_an_order_by_plain_numbers(passive):
+    def forward(m, x, key):
+        x = x * torch.ones(len(key), 1)  # as many as there are numbers
+        places = torch.tensor(sorted(range(len(key)), key=key.__getitem__))
+        return m.head(torch.tanh(m.body(torch.tanh(m.stem(x))[places]))[places.argsort()])
+
+    model = net(forward, stem=nn.Linear(4, 5), body=nn.Linear(5, 5), head=nn.Linear(5, 4)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, None if passive else mse, metrics=METRICS, schedule=every(1), mask=None) as monitor:
+        for keys in ([1] * SIZE, KEYS):
+            x, _, y = batch()
+            optimizer.zero_grad()
+            mse(model, (x, keys, y)).backward()
+            optimizer.step()
+            monitor.step((x, keys, y))
+            reasons = {monitor.readings[name].reason for name in METRICS}
+            assert reasons <= {None, "no signal above the noise"} if keys != KEYS else None not in reasons
+    assert all(REASON in reason for reason in reasons)
+
+
 def test_tokens_of_which_there_are_as_many_as_examples_are_not_taken_for_these():
     def loss(model, batch):
         return model.head(torch.tanh(model.stem(batch[0]))[batch[1]]).square().sum()
