@@ -282,6 +282,8 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert list(tmp_path.glob("backpropagation-0/events*"))
     assert run(parser.parse_args(["--epochs", "1", "--batch-size", "1500", *chosen])) == 0
     assert "1 steps" in capsys.readouterr().out
+    with pytest.raises(ArgumentError, match="`--logdir` must be a directory that holds no such runs yet"):
+        run(parser.parse_args(["--steps", "1", *chosen]))
 
 
 @pytest.mark.parametrize(("options", "message"), [

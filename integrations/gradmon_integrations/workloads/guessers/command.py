@@ -63,6 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     Returns:
         The exit status, 0.
+
+    Raises:
+        ArgumentError: The log directory holds such runs already.
     """
     data = load(arguments.data, data_root=arguments.data_root)
     steps = arguments.steps or 300
@@ -80,6 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
     )
     chosen: dict[str, Guesser | None] = {"backpropagation": None, **arguments.guesser}
     logdir: Path = arguments.logdir or Path("runs") / f"guessers-{datetime.now():%Y%m%d-%H%M%S}"
+    labels = {
+        name: [name if arguments.seeds == 1 else f"{name}-{seed}" for seed in range(arguments.seeds)] for name in chosen
+    }
+    if taken := [logdir / label for some in labels.values() for label in some if (logdir / label).exists()]:
+        raise ArgumentError("--logdir", "be a directory that holds no such runs yet", taken[0])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     print(f"{plan.model} on {data.name}: {steps} steps of {plan.batch_size} examples, AdamW at {plan.rate:g}")
@@ -89,8 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{'':<20}{'loss':>10}{'accuracy':>18}{'cosine':>10}{'one step':>10}", flush=True)
             for name, guesser in chosen.items():
                 found: list[Outcome] = []
-                for seed in range(arguments.seeds):
-                    label = name if arguments.seeds == 1 else f"{name}-{seed}"
+                for seed, label in enumerate(labels[name]):
                     watching, telling = _sinks(logdir, label, server, stack)
                     found.append(train(data, plan, guesser, seed, watching, telling, label))
                 print(_line(name, found), flush=True)
