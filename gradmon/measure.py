@@ -98,8 +98,9 @@ def measure(
     layout = Weights(model, None if chosen_mask is None else chosen_mask.picks(model))
     if optimizer is not None:
         check_trains(optimizer, layout.parameters)
-    with Objective(model, loss, batch, layout, reduction) as objective:
-        scene = Scene(
+    with (
+        Objective(model, loss, batch, layout, reduction) as objective,
+        Scene(
             objective,
             PROBES,
             weight_sampler=weights or Krylov(),
@@ -112,7 +113,8 @@ def measure(
             seed=seed,
             needed=frozenset(kind for metric in chosen for kind in metric.needs),
             memory=Memory(Experience(rules=RULES if rules is None else rules)),
-        )
+        ) as scene,
+    ):
         found = [reading for metric in chosen for reading in readings_of(metric, scene, layers=layers)]
     return {r.name if r.layer is None else f"{r.name}/{r.layer}": r for r in found}
 

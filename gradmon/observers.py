@@ -181,22 +181,17 @@ class ActiveObserver:
             return self._look(number, batch, taken, metrics)
 
     def _look(self, number: int, batch: Batch, taken: Taken | None, metrics: Sequence[Metric]) -> list[Reading]:
-        setting, layout = self._setting, self._setting.layout()
+        setting, team, layout = self._setting, self._setting.team, self._setting.layout()
         if taken is not None and not taken.fits(layout):
             return unavailable(metrics, _OTHERS, number)
         setting.memory.begin()
         after = [parameter.detach() for parameter in layout.parameters]
         before = after if taken is None else gathered(taken.values)
-        if (
-            setting.team is not None
-            and setting.memory.checks
-            and setting.team.differ("weights", list(map(length, before)))
-        ):
+        if team is not None and setting.memory.checks and team.differ("weights", list(map(length, before))):
             return unavailable(metrics, _UNLIKE, number)
-        with Objective(
-            setting.model, self._loss, batch, layout, self._reduction, before, team=setting.team
-        ) as objective:
-            scene = Scene(
+        with (
+            Objective(setting.model, self._loss, batch, layout, self._reduction, before, team=team) as objective,
+            Scene(
                 objective,
                 PROBES,
                 weight_sampler=self._sampler(layout.total, metrics),
@@ -212,7 +207,8 @@ class ActiveObserver:
                 seed=setting.seed + number,
                 needed=frozenset(kind for m in metrics if m.name not in self._reader.given_up for kind in m.needs),
                 memory=setting.memory,
-            )
+            ) as scene,
+        ):
             with contextlib.suppress(Unavailable):  # which every metric then says for itself
                 scene.gradient  # noqa: B018 - a loss that fails fails once, and not for every metric again
             return self._read(scene, number, [value.clone() for value in after], taken, metrics)

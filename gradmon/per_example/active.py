@@ -177,10 +177,14 @@ class PerExample:
         """
         recorder, gradient, found = self._run(wanted, batch, values, delta)
         if recorder.stray:  # what earlier probes found out holds no longer
+            recorder.release()
             self._course = self._find(few=False)
             recorder, gradient, found = self._run(wanted, batch, values, delta)
-        collected = recorder.finish()
-        result = collected.result((), gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
+        try:
+            collected = recorder.finish()
+            result = collected.result((), gram=wanted.gram, moments=wanted.moments, rows=wanted.rows)
+        finally:
+            recorder.release()
         self._experience.coverage = collected.coverage()
         self._check = False
         share = [

@@ -20,6 +20,7 @@ from gradmon._types import Batch
 from gradmon.masks import Mask
 from gradmon.per_example._autograd import here, running_backward, version
 from gradmon.per_example.active import CHECKED_EVERY, Experience, by_example
+from gradmon.per_example.calls import Tape
 from gradmon.per_example.capture import Capture, Entry
 from gradmon.per_example.collected import PerExampleResult
 from gradmon.per_example.courses import Courses
@@ -104,6 +105,8 @@ class Listener:
     def arm(self) -> None:
         """Attach the hooks, and begin anew."""
         self._interrupt()
+        if self._recorder is not None:
+            self._recorder.release()
         experience = self.experience
         self._modules = list(self._model.modules())
         weights, sampled = self._layouts()
@@ -178,6 +181,8 @@ class Listener:
         """Take all hooks off, and let everything go."""
         self._detach()
         self._interrupt()
+        if self._recorder is not None:
+            self._recorder.release()
         self._recorder = self.experience.scratch = None
         self._modules = []
         self._ambiguous, self._courses, self._entered = [], [], {}
@@ -320,9 +325,9 @@ class Listener:
     def _listen_again(self, recorder: Recorder, args: Any, kwargs: Any) -> Callable[[bool], None]:
         """Look into a checkpointed part that is computed once more during the backward pass."""
         inputs = list(tensors((args, kwargs)))
-        capture = Capture(
-            recorder.weights.parameters, inputs, lambda use: recorder.again(use, capture.tape), first=True
-        )
+        tapes: list[Tape] = []  # so that the capture is not held by what it calls, in a circle
+        capture = Capture(recorder.weights.parameters, inputs, lambda use: recorder.again(use, tapes[0]), first=True)
+        tapes.append(capture.tape)
         capture.examples = example_count((args, kwargs), self._dim) if inputs else 0
         return begun(capture, self._model, self.experience.rules)
 

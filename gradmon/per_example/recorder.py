@@ -71,8 +71,7 @@ class Recorder:
         self.weights, self.wanted = weights, wanted
         self._sampled = weights if sampled is None else sampled
         self.failure: str | None = None
-        self.stray = False
-        self.closing = self.closed = False
+        self.stray = self.closing = self.closed = False
         self._left: dict[int, tuple[weakref.ref[Tensor] | None, int]] = {}
         self.backwards = 0
         self._kinds = sorted({"cpu", weights.device.type})
@@ -98,6 +97,11 @@ class Recorder:
         self._late.clear()
         if self._now is not None:
             self._now.forms.clear()
+
+    def release(self) -> None:
+        """Let go of everything: what forward passes have left refers to this object, and it to them, in a circle."""
+        self.fail("it is over")
+        self._now, self._group_of, self._x, self.collected = None, {}, [], Collected(self.weights, self._sampled)
 
     def guarded(self) -> Guard:
         """A context for everything that runs inside the training's own passes: nothing gets out of it."""

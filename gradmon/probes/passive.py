@@ -129,7 +129,7 @@ class PassiveProbe:
             found = self._listener.collect(batch) if team is None else self._pooled(team, batch)
             self._short = False
         except Unavailable as missing:
-            found = self._judged(missing)
+            found = Unavailable(self._judged(missing).reason)  # the other refers to the passes that it came from
             self._large = self._large or TOO_LARGE in missing.reason
         weights = Weights(self._model)
 
@@ -190,4 +190,4 @@ def _inputs(team: Team | None, gradients: Callable[[], Tensor]) -> InputGradient
 
 
 def _raise(missing: Unavailable) -> NoReturn:
-    raise missing.with_traceback(None)
+    raise Unavailable(missing.reason)  # anew: one that is kept would refer to whoever asks

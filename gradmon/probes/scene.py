@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,13 @@ class Scene:
     memory: Memory = field(default_factory=Memory)
     _seen: dict[Any, Any] = field(default_factory=dict[Any, Any], init=False)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Let go of what was seen: an error that is kept refers to the passes that it came from, and they to it."""
+        self._seen = {}
+
     def once(self, key: Any, make: Callable[[], _T]) -> _T:
         """What `make` returned, or the error it raised, the first time it was asked for under this key."""
         if key not in self._seen:
@@ -82,7 +89,10 @@ class Scene:
                     raise  # with the way to where it was raised, for the log
         found = self._seen[key]
         if isinstance(found, Exception):
-            raise found.with_traceback(None)  # else it grows with everyone who asks
+            try:
+                raise found.with_traceback(None)  # else it grows with everyone who asks
+            finally:
+                del found  # which refers to this frame now
         return found
 
     def get(self, kind: type) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
 
 from gradmon._objective import dense
 from gradmon._parameters import Weights, trainable
@@ -102,9 +103,10 @@ def _has_other_hooks(parameter: Tensor) -> bool:
     return len(held._backward_hooks or ()) > 1 or bool(getattr(held, "_post_accumulate_grad_hooks", None))
 
 
-def _some_gradient(model: nn.Module) -> tuple[Tensor, int] | None:
+def _some_gradient(model: nn.Module) -> tuple[TensorWeakRef, int] | None:
     """The gradient of one trainable parameter, and how often it was written to; None where none has any."""
-    return next(((p.grad, p.grad._version) for p in trainable(model).values() if p.grad is not None), None)
+    gradients = (parameter.grad for parameter in trainable(model).values())
+    return next(((TensorWeakRef(found), found._version) for found in gradients if found is not None), None)
 
 
 def _norm(gradient: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class StepWatch:
         self._rates: list[Any] = []
         self._early: list[Tensor | None] = []
         self._left: LeftBehind | None = None
-        self._stepped, self._waiting = False, cast("tuple[Tensor, int] | None", None)
+        self._stepped, self._waiting = False, cast("tuple[TensorWeakRef, int] | None", None)
         self._optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(self._before_step)
 
@@ -227,7 +229,7 @@ class StepWatch:
         """Warn of a loop that asked for the step before it took it: no backward pass came in between."""
         waiting, self._waiting = self._waiting, None
         now = None if waiting is None else _some_gradient(self._model)
-        if waiting is not None and now is not None and waiting[0] is now[0] and waiting[1] == now[1]:
+        if waiting is not None and now is not None and waiting[0]() is now[0]() and waiting[1] == now[1]:
             _LOG.warning(
                 "monitor.step was called before optimizer.step: call it right after, or each step is looked at with "
                 "the batch of another."

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 import gradmon
 from gradmon import Monitor, Reading, every
@@ -287,6 +288,17 @@ def test_steps_that_are_looked_at_before_they_are_taken_are_warned_of(order, sch
     warnings = [record.getMessage() for record in log if "before optimizer.step" in record.getMessage()]
     assert len(warnings) == (order == "wrong")
     assert not monitor.failures
+
+
+def test_a_step_that_was_skipped_leaves_its_gradient_to_be_freed():
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with Monitor(model, optimizer, mse, schedule=every(1), sinks=[], alerts=[]) as monitor:
+        mse(model, data(1)[0]).backward()
+        monitor.step(data(1)[0])
+        held = [TensorWeakRef(parameter.grad) for parameter in model.parameters()]
+        optimizer.zero_grad()
+        assert [ref() for ref in held] == [None] * len(held)
 
 
 @pytest.mark.parametrize("resume", [False, True])
